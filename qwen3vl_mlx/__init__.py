@@ -1,0 +1,43 @@
+"""Run the Qwen3-VL vision-language models on Apple silicon with MLX."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from qwen3vl_mlx.api import Chat, Qwen3VL, load
+    from qwen3vl_mlx.engine.output import Chunk, Completion, ToolCall, Usage
+    from qwen3vl_mlx.errors import Qwen3VLError
+
+__version__ = "0.1.0"
+
+_EXPORTS = {
+    "Chat": "api",
+    "Chunk": "engine.output",
+    "Completion": "engine.output",
+    "Qwen3VL": "api",
+    "Qwen3VLError": "errors",
+    "ToolCall": "engine.output",
+    "Usage": "engine.output",
+    "load": "api",
+}
+__all__ = [
+    "Chat",
+    "Chunk",
+    "Completion",
+    "Qwen3VL",
+    "Qwen3VLError",
+    "ToolCall",
+    "Usage",
+    "__version__",
+    "load",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name when it is first used, so that importing the package costs nothing."""
+    if name not in _EXPORTS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(f"{__name__}.{_EXPORTS[name]}"), name)

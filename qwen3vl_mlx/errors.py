@@ -1,0 +1,41 @@
+"""Every error a user can cause or meet. A message says what was wrong, what was expected, what to do.
+
+`InputError` and its kin are the caller's to mend (exit status 2 on the command line); the rest are
+the checkpoint's, the Hub's or the machine's (exit status 1).
+"""
+
+
+class Qwen3VLError(Exception):
+    """Base of all errors this package raises on purpose."""
+
+    exit_code = 1
+
+
+class InputError(Qwen3VLError, ValueError):
+    """A value the caller gave is wrong; the message names it."""
+
+    exit_code = 2
+
+
+class ImageError(InputError):
+    """An image could not be read, decoded or used."""
+
+
+class PromptError(InputError):
+    """Messages, media and placeholders do not fit together."""
+
+
+class CheckpointError(Qwen3VLError):
+    """A checkpoint folder is missing, incomplete or damaged."""
+
+
+class ConfigError(CheckpointError):
+    """config.json is unknown or contradicts itself; the message names the key."""
+
+
+class WeightsError(CheckpointError):
+    """A tensor is missing, surplus or misshapen; the message names it."""
+
+
+class HubError(Qwen3VLError):
+    """The Hub could not be reached, or does not hold what was asked for."""
