@@ -1,0 +1,51 @@
+"""Full attention that stays within a memory bound where MLX has no fused kernel."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import mlx.core as mx
+
+# Scores that may be held at once where they must be materialised.
+SCORE_BYTES = 128 * 2**20
+
+
+@cache
+def has_fused_kernel(head_dim: int, dtype: mx.Dtype) -> bool:
+    """Whether this device's attention kernel takes `head_dim` without materialising scores.
+
+    Asked of MLX itself: which head widths are fused differs between its versions and backends.
+    """
+    x = mx.zeros((1, 1, 32, head_dim), dtype)
+    try:
+        mx.eval(mx.fast.scaled_dot_product_attention(x, x, x, scale=1.0, force_fused=True))
+    except (ValueError, RuntimeError):
+        return False
+    return True
+
+
+def full_attention(
+    q: mx.array, k: mx.array, v: mx.array, scale: float, score_bytes: int = SCORE_BYTES
+) -> mx.array:
+    """softmax(q k^T * scale) v over segments of one length, nothing masked.
+
+    q, k, v: (segments, heads, length, head_dim); returns the same shape. Without a fused kernel,
+    segments and then query rows are taken in chunks so that scores stay under `score_bytes`.
+    """
+    segments, heads, length, head_dim = q.shape
+    row = heads * length * 4  # bytes of fp32 scores per query row
+    if segments * length * row <= score_bytes or has_fused_kernel(head_dim, q.dtype):
+        return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale)
+    if segments > 1:
+        size = max(1, score_bytes // (length * row))
+        parts = [
+            full_attention(q[i : i + size], k[i : i + size], v[i : i + size], scale, score_bytes)
+            for i in range(0, segments, size)
+        ]
+        return mx.concatenate(parts, axis=0)
+    size = max(1, score_bytes // row)
+    parts = [
+        mx.fast.scaled_dot_product_attention(q[:, :, i : i + size], k, v, scale=scale)
+        for i in range(0, length, size)
+    ]
+    return mx.concatenate(parts, axis=2)
