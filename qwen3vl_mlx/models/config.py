@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -122,6 +122,10 @@ class ModelConfig:
     vision_end_token_id: int
     tie_word_embeddings: bool
     quantization: QuantizationConfig | None = None
+
+    def untied(self) -> ModelConfig:
+        """The same with an output head of its own."""
+        return replace(self, tie_word_embeddings=False)
 
 
 class _Section:

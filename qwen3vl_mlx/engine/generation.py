@@ -1,0 +1,98 @@
+"""One sequence from prompt to tokens: chunked prefill, then decoding one token ahead of the host.
+
+Knows tokens, positions and features; nothing of text, images or front ends.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import mlx.core as mx
+import numpy as np
+
+from qwen3vl_mlx.engine.sampling import Sampler
+from qwen3vl_mlx.engine.state import CacheState
+from qwen3vl_mlx.engine.vision import encode
+from qwen3vl_mlx.models.qwen3_vl import Model
+from qwen3vl_mlx.models.text import VisualTokens
+from qwen3vl_mlx.models.vision import VisionFeatures
+from qwen3vl_mlx.processing.prompt import Prompt
+
+PREFILL_CHUNK = 2048
+_CLEAR_EVERY = 256  # decode steps between returns of MLX's free buffers
+
+
+def prefill(
+    model: Model, prompt: Prompt, state: CacheState, chunk: int = PREFILL_CHUNK
+) -> mx.array:
+    """Bring `state` to hold all of `prompt`; returns the last token's logits, (vocab_size,).
+
+    What the state shares with the prompt is kept, and only images after it are encoded. Chunks
+    may end anywhere, inside an image too: features travel with their rows.
+    """
+    start = state.reuse(prompt)
+    hidden: mx.array | None = None
+    for hidden in forward(model, prompt, state, start, chunk):
+        mx.async_eval(state.arrays())
+    state.extend(prompt)
+    assert hidden is not None  # reuse() always leaves a token
+    return model.language_model.logits(hidden[:, -1:])[0, 0]
+
+
+def forward(
+    model: Model, prompt: Prompt, state: CacheState, start: int, chunk: int
+) -> Iterator[mx.array]:
+    """Hidden states (1, n, hidden_size) of the prompt's tokens from `start` on, chunk by chunk."""
+    length = len(prompt.token_ids)
+    visual_rows = prompt.visual_rows
+    before = sum(spans[-1].stop <= start for spans in prompt.media_spans)  # media already held
+    skipped = sum(medium.num_tokens for medium in prompt.media[:before])
+    features: VisionFeatures | None = None
+    if before < len(prompt.media):
+        features = encode(model.vision_tower, prompt.media[before:])
+    for begin in range(start, length, chunk):
+        end = min(begin + chunk, length)
+        first, last = np.searchsorted(visual_rows, (begin, end))
+        visual: VisualTokens | None = None
+        if first < last:
+            assert features is not None
+            rows = mx.array(visual_rows[first:last] - begin)
+            visual = VisualTokens(rows, features[first - skipped : last - skipped])
+            positions = mx.array(prompt.position_ids[:, None, begin:end])  # (3, 1, n)
+        else:  # text alone: the axes count together
+            positions = mx.array(prompt.position_ids[0, begin : begin + 1])  # (1,)
+        token_ids = mx.array(prompt.token_ids[None, begin:end])  # (1, n)
+        yield model.language_model(token_ids, positions, state.layers, visual)
+
+
+def decode(
+    model: Model,
+    state: CacheState,
+    rope_delta: int,
+    logits: mx.array,
+    sampler: Sampler,
+    max_tokens: int,
+) -> Iterator[int]:
+    """Sample up to `max_tokens` tokens, starting from the prompt's last logits.
+
+    The next step is queued before the host reads a token, so the device never waits. Closing the
+    iterator ends the work; `state` then holds every token that was fed back.
+    """
+    token = sampler(logits)
+    mx.async_eval(token)
+    for count in range(1, max_tokens + 1):
+        following: mx.array | None = None
+        if count < max_tokens:
+            positions = mx.array([state.length + rope_delta])
+            hidden = model.language_model(token[None], positions, state.layers)
+            following = sampler(model.language_model.logits(hidden)[0, 0])
+            mx.async_eval(following)
+        value = int(token.item())
+        if following is None:
+            yield value
+            return
+        state.token_ids.append(value)
+        token = following
+        yield value
+        if count % _CLEAR_EVERY == 0:
+            mx.clear_cache()

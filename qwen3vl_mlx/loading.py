@@ -1,0 +1,251 @@
+"""A checkpoint folder to a `Model`, strictly: every tensor must be wanted, found and well shaped.
+
+Layouts read: the Hub's, the one transformers 5 re-saves (expert tensors transposed), and MLX's own
+(mlx-vlm, mlx-community), quantized or not. Tensors are read a few at a time, so peak memory is the
+model plus one tensor.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+
+from qwen3vl_mlx.errors import CheckpointError, ConfigError, WeightsError
+from qwen3vl_mlx.models.config import (
+    ModelConfig,
+    MoeConfig,
+    Quantization,
+    QuantizationConfig,
+    read_config,
+)
+from qwen3vl_mlx.models.qwen3_vl import Model
+
+Weights = dict[str, mx.array]
+
+_PREFIXES = (  # checkpoint prefix, module prefix; the first match renames
+    ("model.language_model.", "language_model.model."),
+    ("model.visual.", "vision_tower."),
+    ("lm_head.", "language_model.lm_head."),
+)
+_EXPERTS = re.compile(r"^(?P<mlp>.*\.mlp)\.experts\.(?P<kind>gate_up_proj|down_proj)(\.weight)?$")
+_READ_BYTES = 64 * 2**20  # tensors are evaluated in groups of about this size
+
+
+def default_dtype() -> mx.Dtype | None:
+    """None (the checkpoint's own) on a GPU; float32 on a CPU, which has no fast bfloat16."""
+    return mx.float32 if mx.default_device() == mx.Device(mx.cpu) else None
+
+
+def load_model(folder: Path, dtype: mx.Dtype | None = None) -> Model:
+    """Read the checkpoint in `folder` into an evaluated `Model`.
+
+    dtype: type of all floating-point weights and scales; None keeps the checkpoint's own.
+    Raises ConfigError or WeightsError naming the key or tensor.
+    """
+    config = read_config(folder)
+    weights = rename_weights(read_tensors(folder), config)
+    model = build_model(config, weights)
+    check_weights(weights, _shapes(model))
+    for group in _groups(weights, _READ_BYTES):
+        tensors = {name: _cast(weights.pop(name), dtype) for name in group}
+        mx.eval(tensors)
+        model.load_weights(list(tensors.items()), strict=False)
+        tensors.clear()
+    model.eval()
+    return model
+
+
+def read_tensors(folder: Path) -> Weights:
+    """All tensors of a folder's safetensors files by name, not yet read from disk.
+
+    Raises WeightsError for missing, damaged or truncated files.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    weights: Weights = {}
+    for path in weight_files(folder):
+        try:
+            with safe_open(path, framework="numpy"):  # checks header, offsets and file size
+                pass
+            tensors = mx.load(str(path))
+        except (SafetensorError, RuntimeError, OSError) as error:
+            raise WeightsError(
+                f"{path} is damaged or incomplete ({error}); download or convert it again"
+            ) from error
+        assert isinstance(tensors, dict)
+        if twice := weights.keys() & tensors.keys():
+            raise WeightsError(f"{path} repeats tensor {min(twice)} of another file")
+        weights.update(tensors)
+    return weights
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The folder's safetensors files, by its index where it has one."""
+    index = folder / "model.safetensors.index.json"
+    if index.exists():
+        try:
+            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        except (ValueError, KeyError, AttributeError, TypeError) as error:
+            raise WeightsError(f"{index} is not a safetensors index: {error!r}") from error
+        if missing := [name for name in names if not (folder / name).exists()]:
+            raise WeightsError(
+                f"{folder} lacks {len(missing)} of {len(names)} weight files, first "
+                f"{missing[0]}; download it again"
+            )
+        return [folder / name for name in names]
+    files = sorted(folder.glob("model*.safetensors"))
+    if not files:
+        raise CheckpointError(f"{folder} has no model*.safetensors files")
+    return files
+
+
+def module_name(name: str) -> str:
+    """A tensor's name in any layout, as this package's module tree has it (experts aside)."""
+    for prefix, ours in _PREFIXES:
+        if name.startswith(prefix):
+            return ours + name[len(prefix) :]
+    return name
+
+
+def hub_name(name: str) -> str:
+    """The inverse of `module_name`: a module's parameter as the Hub names it (experts aside)."""
+    for prefix, ours in _PREFIXES:
+        if name.startswith(ours):
+            return prefix + name[len(ours) :]
+    return name
+
+
+def rename_weights(weights: Weights, config: ModelConfig) -> Weights:
+    """Names and axes of any layout to the module tree's. Lazy: nothing is read here."""
+    renamed: Weights = {}
+    experts: dict[str, Weights] = {}
+    for source, tensor in weights.items():
+        name = module_name(source)
+        if match := _EXPERTS.match(name):
+            experts.setdefault(match["mlp"], {})[match["kind"]] = tensor
+            continue
+        if name in renamed:
+            raise WeightsError(f"{source} is there twice, under two naming schemes")
+        renamed[name] = tensor
+    for mlp, pair in experts.items():
+        if config.text.moe is None:
+            raise WeightsError(f"{mlp}.experts is there, but config.json describes no experts")
+        renamed.update(split_experts(mlp, pair, config.text.hidden_size, config.text.moe))
+    conv = "vision_tower.patch_embed.proj.weight"
+    vision = config.vision
+    hub_shape = (vision.in_channels, vision.temporal_patch_size, *[vision.patch_size] * 2)
+    if conv in renamed and renamed[conv].shape[1:] == hub_shape:
+        renamed[conv] = renamed[conv].transpose(0, 2, 3, 4, 1)  # channels last
+    return renamed
+
+
+def split_experts(mlp: str, pair: Weights, hidden: int, moe: MoeConfig) -> Weights:
+    """One layer's fused expert tensors as `switch_mlp.{gate,up,down}_proj`, each (E, out, in).
+
+    The Hub keeps (E, H, 2I) and (E, I, H), transformers 5 (E, 2I, H) and (E, H, I). Where 2I = H
+    or I = H one tensor fits both, never the two together.
+    """
+    if missing := {"gate_up_proj", "down_proj"} - pair.keys():
+        raise WeightsError(f"{mlp}.experts.{missing.pop()} is missing")
+    count, inner = moe.num_experts, moe.moe_intermediate_size
+    gate_up, down = pair["gate_up_proj"], pair["down_proj"]
+    got = (gate_up.shape, down.shape)
+    hub = ((count, hidden, 2 * inner), (count, inner, hidden))
+    resaved = ((count, 2 * inner, hidden), (count, hidden, inner))
+    if got == hub:
+        gate_up, down = gate_up.swapaxes(1, 2), down.swapaxes(1, 2)
+    elif got != resaved:
+        raise WeightsError(
+            f"{mlp}.experts gate_up_proj and down_proj have shapes {got[0]} and {got[1]}, "
+            f"expected {hub[0]} and {hub[1]}, or {resaved[0]} and {resaved[1]}"
+        )
+    parts = {"gate_proj": gate_up[:, :inner], "up_proj": gate_up[:, inner:], "down_proj": down}
+    return {
+        f"{mlp}.switch_mlp.{name}.weight": mx.contiguous(tensor) for name, tensor in parts.items()
+    }
+
+
+def build_model(config: ModelConfig, weights: Mapping[str, mx.array]) -> Model:
+    """An unevaluated `Model` whose modules are quantized wherever `weights` holds `.scales`."""
+    if "language_model.lm_head.weight" in weights and config.tie_word_embeddings:
+        config = config.untied()  # the file has a head of its own: use it
+    model = Model(config)
+    quantized = {name.removesuffix(".scales") for name in weights if name.endswith(".scales")}
+    if not quantized:
+        return model
+    if config.quantization is None:
+        raise ConfigError(
+            f"config.json: quantization is missing, but {min(quantized)} has scales"
+        )
+    quantization = config.quantization
+
+    def settings(path: str, module: nn.Module) -> bool | dict[str, int | str]:
+        if path not in quantized or not hasattr(module, "to_quantized"):
+            return False
+        chosen = module_quantization(quantization, path)
+        return {"group_size": chosen.group_size, "bits": chosen.bits, "mode": chosen.mode}
+
+    try:
+        nn.quantize(model, class_predicate=settings)
+    except ValueError as error:
+        raise ConfigError(f"config.json: quantization does not fit the model: {error}") from error
+    return model
+
+
+def module_quantization(quantization: QuantizationConfig, path: str) -> Quantization:
+    """The settings of one quantized module: an override under any of its names, or the default."""
+    short = path.removeprefix("language_model.")
+    for name in (path, short, hub_name(path + ".").rstrip(".")):
+        if name in quantization.overrides:
+            chosen = quantization.overrides[name]
+            if chosen is None:
+                raise ConfigError(
+                    f"config.json: quantization says {name} is not quantized, but it has scales"
+                )
+            return chosen
+    return quantization.default
+
+
+def check_weights(weights: Mapping[str, mx.array], expected: Mapping[str, tuple[int, ...]]) -> None:
+    """Raise WeightsError unless names and shapes agree exactly."""
+    problems = [f"{name} is missing" for name in expected if name not in weights]
+    problems += [f"{name} is not part of the model" for name in weights if name not in expected]
+    problems += [
+        f"{name} has shape {weights[name].shape}, expected {shape}"
+        for name, shape in expected.items()
+        if name in weights and weights[name].shape != shape
+    ]
+    if problems:
+        more = f" (and {len(problems) - 5} more)" if len(problems) > 5 else ""
+        raise WeightsError(f"weights do not fit config.json: {'; '.join(problems[:5])}{more}")
+
+
+def _shapes(model: Model) -> dict[str, tuple[int, ...]]:
+    return {name: tensor.shape for name, tensor in tree_flatten(model.parameters())}
+
+
+def _cast(tensor: mx.array, dtype: mx.Dtype | None) -> mx.array:
+    if dtype is None or not mx.issubdtype(tensor.dtype, mx.floating):
+        return tensor
+    return tensor.astype(dtype)
+
+
+def _groups(weights: Mapping[str, mx.array], limit: int) -> Iterator[Iterable[str]]:
+    """Names in runs of at most `limit` bytes, or of one tensor."""
+    names = list(weights)
+    group: list[str] = []
+    size = 0
+    for name in names:
+        if group and size + weights[name].nbytes > limit:
+            yield group
+            group, size = [], 0
+        group.append(name)
+        size += weights[name].nbytes
+    if group:
+        yield group

@@ -1,0 +1,250 @@
+"""Any image source to one upright RGB picture; what cannot become one is refused, with reasons."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import os
+import re
+import stat
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from urllib.parse import unquote, unquote_to_bytes, urlsplit
+
+from qwen3vl_mlx.errors import ImageError
+from qwen3vl_mlx.media_decode import (
+    HEAD_BYTES,
+    check_format,
+    format_of,
+    open_encoded,
+    picture_from_array,
+    short_text,
+    upright_rgb,
+)
+
+if TYPE_CHECKING:
+    import numpy as np
+    import PIL.Image
+
+ImageSource: TypeAlias = (
+    "str | os.PathLike[str] | bytes | bytearray | memoryview | PIL.Image.Image "
+    "| np.ndarray[Any, Any]"
+)
+
+MAX_SOURCE_PIXELS = 178_956_970
+"""Where Pillow itself calls a picture a decompression bomb (2 * 1024**3 // 4 // 3 pixels, half a
+GiB of RGB); above any camera, and ten times what the model looks at (16384 tokens, 16.8 Mpixel)."""
+
+MAX_ASPECT = 200
+"""The longest side over the shortest that Qwen3-VL's resize takes (HF `smart_resize`)."""
+
+MAX_DOWNLOAD_BYTES = 64 * 2**20
+
+_SOURCES = (
+    "a path, a file:, http: or https: URL, a data: URI, base64 text, bytes, a PIL image or "
+    "a numpy array"
+)
+
+
+def load_image(
+    source: ImageSource,
+    *,
+    max_source_pixels: int = MAX_SOURCE_PIXELS,
+    timeout: float = 30.0,
+    max_bytes: int = MAX_DOWNLOAD_BYTES,
+) -> PIL.Image.Image:
+    """Return `source` as a new upright PIL image of mode "RGB" that carries no metadata.
+
+    Args:
+        source: path (`~` is expanded), `file:`, `http:` or `https:` URL, `data:` URI, base64 text
+            (an existing path wins), bytes of an image file, PIL image (left as it is), or numpy
+            array (H, W), (H, W, 1), (H, W, 3) or (H, W, 4) of uint8, uint16, bool or floats in
+            [0, 1]. Of several frames or pages the first is taken; of a PIL image the current one.
+        max_source_pixels: most pixels (width * height) to decode, read from the header.
+        timeout: seconds a download may take.
+        max_bytes: most bytes to download.
+
+    EXIF orientation is applied once, transparency is composited on white, and 16-bit values keep
+    their high byte (0..65535 becomes 0..255). Same pixels as HF `image_utils.load_image`, except
+    that it drops alpha (HF's `convert_to_rgb` composites on white too) and clips 16-bit values.
+
+    Raises:
+        ImageError: the source cannot be found, read, decoded or used; the message says which.
+    """
+    import numpy as np
+    from PIL import Image
+
+    name = describe_source(source)
+    if isinstance(source, Image.Image):
+        picture = source
+    elif isinstance(source, np.ndarray):
+        picture = picture_from_array(source, name)
+    else:
+        picture = open_encoded(_read(source, name, timeout=timeout, max_bytes=max_bytes), name)
+    _check_size(picture.size, name, max_source_pixels)
+    return upright_rgb(picture, name)
+
+
+def describe_source(source: ImageSource) -> str:
+    """Return a short name of an image source for messages, without credentials or URL queries."""
+    if isinstance(source, (bytes, bytearray, memoryview)):
+        return "bytes"
+    if isinstance(source, os.PathLike):
+        return short_text(os.fsdecode(source))
+    if not isinstance(source, str):
+        import numpy as np
+        from PIL import Image
+
+        if isinstance(source, np.ndarray):
+            return f"array {source.shape}"
+        if isinstance(source, Image.Image):
+            return f"PIL image ({source.width}x{source.height}, {source.mode})"
+        return f"{type(source).__name__} object"
+    kind = _kind_of_text(source)
+    if kind == "data":
+        header, _, payload = source.lstrip()[5:].partition(",")
+        size = len(payload) * 3 // 4 if header.lower().endswith(";base64") else len(payload)
+        return f"data URI ({short_text(header.split(';')[0], 40) or 'no type'}, {_bytes(size)})"
+    if kind == "base64":
+        return f"base64 text ({_bytes(len(source) * 3 // 4)})"
+    if kind in ("http", "other URL"):
+        try:
+            url = urlsplit(source.strip())
+        except ValueError:
+            return "URL"
+        host = url.netloc.rpartition("@")[2]
+        return short_text(f"{url.scheme}://{host}{url.path}") + ("?..." if url.query else "")
+    return short_text(source) or "''"
+
+
+def _bytes(count: int) -> str:
+    return f"{count} bytes" if count < 1000 else f"{count / 1000:.0f} kB"
+
+
+# ---- sources to bytes
+
+
+def _kind_of_text(
+    text: str,
+) -> Literal["data", "http", "file", "other URL", "path", "base64"]:
+    """What a str source means. An existing path wins over base64; a scheme wins over both."""
+    scheme = re.match(r"\s*(?:([a-z][a-z0-9+.-]+)://|(data|file):)", text[:99], re.I)
+    if scheme:
+        word = (scheme[1] or scheme[2]).lower()
+        if word in ("http", "https"):
+            return "http"
+        if word == "data":
+            return "data"
+        return "file" if word == "file" else "other URL"
+    if len(text) <= 4096 and _exists(os.path.expanduser(text)):
+        return "path"
+    compact = "".join(text[: HEAD_BYTES * 4 // 3].split())
+    head = _decode_base64(compact[: len(compact) // 4 * 4])
+    if head is not None and (len(text) > 1024 or format_of(head)):
+        return "base64"
+    return "path"
+
+
+def _exists(path: str) -> bool:
+    try:
+        os.stat(path)
+    except PermissionError:
+        return True  # so that the message is about the permission
+    except (OSError, ValueError):  # not there, name too long, or a NUL in it
+        return False
+    return True
+
+
+def _read(source: ImageSource, name: str, *, timeout: float, max_bytes: int) -> bytes:
+    if isinstance(source, (bytes, bytearray, memoryview)):
+        return bytes(source)
+    if isinstance(source, os.PathLike):
+        return _read_file(os.path.expanduser(os.fsdecode(source)), name)
+    if not isinstance(source, str):
+        raise ImageError(f"a {name} is not an image source; expected {_SOURCES}")
+    kind = _kind_of_text(source)
+    if kind == "http":
+        from qwen3vl_mlx.media_http import fetch
+
+        return fetch(source.strip(), name, timeout=timeout, max_bytes=max_bytes)
+    if kind == "file":
+        return _read_file(_path_of_file_url(source.strip(), name), name)
+    if kind == "other URL":
+        raise ImageError(
+            f"{name}: this URL scheme cannot be read; expected http, https, file or data"
+        )
+    if kind == "path":
+        return _read_file(os.path.expanduser(source), name)
+    payload: str | bytes = source
+    if kind == "data":
+        header, comma, payload = source.strip()[5:].partition(",")
+        if not comma:
+            raise ImageError(f"{name} has no comma; expected data:image/png;base64,<data>")
+        payload = unquote_to_bytes(payload)
+        if not header.lower().rstrip().endswith(";base64"):
+            return payload
+    data = _decode_base64(payload)
+    if data is None:
+        raise ImageError(
+            f"{name} is not valid base64: expected only A-Z a-z 0-9 + / (or - _), whitespace and "
+            "closing =; encode the file's bytes again"
+        )
+    return data
+
+
+def _decode_base64(text: str | bytes) -> bytes | None:
+    """Decode either alphabet, with whitespace and without padding; None if it is not base64."""
+    try:
+        raw = text.encode("ascii") if isinstance(text, str) else text
+        raw = raw.translate(bytes.maketrans(b"-_", b"+/"), b" \t\r\n\v\f").rstrip(b"=")
+        return base64.b64decode(raw + b"=" * (-len(raw) % 4), validate=True)
+    except (binascii.Error, UnicodeEncodeError):
+        return None
+
+
+def _path_of_file_url(url: str, name: str) -> str:
+    try:
+        parts = urlsplit(url)
+    except ValueError as err:
+        raise ImageError(f"{name} is not a valid URL ({err}); expected file:///path") from err
+    if parts.netloc not in ("", "localhost"):
+        raise ImageError(f"{name} names another host; expected file:///path (three slashes)")
+    return unquote(parts.path)
+
+
+def _read_file(path: str, name: str) -> bytes:
+    try:
+        mode = os.stat(path).st_mode
+        if stat.S_ISDIR(mode):
+            raise ImageError(f"{name} is a directory; expected one image file")
+        if not stat.S_ISREG(mode):
+            raise ImageError(f"{name} is not a regular file; expected one image file")
+        with open(path, "rb") as file:
+            check_format(file.read(HEAD_BYTES), name)  # before gigabytes of something else are read
+            file.seek(0)
+            return file.read()
+    except ImageError:
+        raise
+    except PermissionError as err:
+        raise ImageError(f"{name}: permission denied; make it readable for this user") from err
+    except OSError as err:
+        if _exists(path):
+            raise ImageError(f"{name} cannot be read ({err.strerror}); try a copy of it") from err
+        raise ImageError(f"no such file: {name}; expected {_SOURCES}") from err
+    except ValueError as err:  # a NUL or a lone surrogate
+        raise ImageError(f"no such file: {name}; the name holds an impossible character") from err
+
+
+def _check_size(size: tuple[int, int], name: str, max_source_pixels: int) -> None:
+    width, height = size
+    if width < 1 or height < 1:
+        raise ImageError(f"{name} is {width}x{height}: it has no pixels; expected at least 1x1")
+    if width * height > max_source_pixels:
+        raise ImageError(
+            f"{name} is {width}x{height} = {width * height} pixels, over the limit of "
+            f"{max_source_pixels}; scale it down, or raise max_source_pixels if you trust it"
+        )
+    if max(size) > MAX_ASPECT * min(size):
+        raise ImageError(
+            f"{name} is {width}x{height}: one side is over {MAX_ASPECT} times the other, "
+            "more than the model takes; crop or pad it"
+        )

@@ -1,0 +1,251 @@
+"""Encoded bytes and arrays to PIL pictures, and any picture to upright RGB.
+
+Nothing is resized or colour-managed: ICC profiles are ignored, as HF transformers does, so the
+model sees the stored numbers.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+import struct
+import zlib
+from typing import TYPE_CHECKING, Any
+
+from qwen3vl_mlx.errors import ImageError
+
+if TYPE_CHECKING:
+    import numpy as np
+    import PIL.Image
+
+_FORMATS = (
+    ("JPEG", rb"\xff\xd8\xff"),
+    ("PNG", rb"\x89PNG\r\n\x1a\n"),
+    ("WEBP", rb"RIFF....WEBP"),
+    ("GIF", rb"GIF8[79]a"),
+    ("BMP", rb"BM.{12}[\x0c\x28\x34\x38\x40\x6c\x7c]\0\0\0"),  # "BM" alone is too little
+    ("TIFF", rb"II[*+]\0|MM\0[*+]"),
+)
+_HEIF_BRANDS = {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs", b"mif1"}
+_ACCEPTED = "JPEG, PNG, WebP, GIF, BMP, TIFF, AVIF or HEIC/HEIF"
+HEAD_BYTES = 192
+"""How many first bytes tell the format; the list of brands in an ISO media file fits."""
+
+# What Pillow's parsers raise on malformed files.
+_MALFORMED = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    TypeError,
+    LookupError,
+    ArithmeticError,
+    EOFError,
+    RuntimeError,
+    MemoryError,
+    struct.error,
+    zlib.error,
+)
+
+
+class _Whole(io.BytesIO):
+    """Bytes that raise when read past their end, so that no half picture is ever decoded.
+
+    Pillow does the same unless some library has set ImageFile.LOAD_TRUNCATED_IMAGES for everybody.
+    """
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        data = super().read(size)
+        if not data and size is not None and size > 0:
+            raise OSError("the data ends too early")
+        return data
+
+
+def short_text(text: str, limit: int = 160) -> str:
+    """Return `text` on one printable line, its middle left out when it is long."""
+    if len(text) > limit:
+        text = f"{text[: limit // 2]}...{text[-limit // 2 :]}"
+    return "".join(c if c.isprintable() else "?" for c in text)
+
+
+def format_of(head: bytes) -> str | None:
+    """Return the format of an image file from its first bytes; None if it is not accepted."""
+    for name, magic in _FORMATS:
+        if re.match(magic, head, re.DOTALL):
+            return name
+    if head[4:8] != b"ftyp":
+        return None
+    box = head[8 : int.from_bytes(head[:4], "big")]
+    brands = {box[i : i + 4] for i in range(0, len(box), 4) if i != 4}  # at 4: a version number
+    if brands & {b"avif", b"avis"}:
+        return "AVIF"
+    return "HEIF" if brands & _HEIF_BRANDS else None
+
+
+def check_format(data: bytes, name: str) -> str:
+    """Return the format of an image file from its first bytes, or raise ImageError."""
+    if not data:
+        raise ImageError(f"{name} is empty; expected an image: {_ACCEPTED}")
+    found = format_of(data)
+    if found is None:
+        raise ImageError(
+            f"{name} is not an image that can be read: it starts with {data[:16]!r}; "
+            f"expected {_ACCEPTED}"
+        )
+    return found
+
+
+def _damaged(name: str, form: str | None, err: BaseException) -> ImageError:
+    what = f"a damaged or truncated {form} image" if form else "an image that cannot be used"
+    reason = short_text(str(err)) or type(err).__name__
+    return ImageError(f"{name} is {what} ({reason}); expected a whole one: copy or save it again")
+
+
+def open_encoded(data: bytes, name: str) -> PIL.Image.Image:
+    """Read the header of an image file; the pixels follow on `load()`. Raises ImageError.
+
+    Calls the format's own Pillow plugin, not `Image.open`: that one warns and fails by a global
+    limit, and silencing warnings is not thread-safe. No plugin outside `_FORMATS` ever runs.
+    """
+    from PIL import Image
+
+    form = check_format(data, name)
+    try:
+        if form == "HEIF":
+            # Turns the pixels as the file says and resets the EXIF orientation to 1.
+            from pillow_heif import HeifImageFile
+
+            heif: PIL.Image.Image = HeifImageFile(_Whole(data), "")  # type: ignore[no-untyped-call]
+            return heif
+        Image.init()
+        if form not in Image.OPEN:
+            raise ImageError(f"{name} is an {form} image; this Pillow cannot read it: upgrade it")
+        return Image.OPEN[form][0](_Whole(data), "")
+    except ImageError:
+        raise
+    except ImportError as err:
+        raise ImageError(
+            f'{name} is a HEIC/HEIF image, which needs pillow-heif: pip install "qwen3vl-mlx[heif]"'
+        ) from err
+    except (*_MALFORMED, Image.DecompressionBombError) as err:
+        raise _damaged(name, form, err) from err
+
+
+def picture_from_array(array: np.ndarray[Any, Any], name: str) -> PIL.Image.Image:
+    """Make a picture of an (H, W) or (H, W, 1 | 3 | 4) array of uint8, uint16, bool or floats.
+
+    Raises:
+        ImageError: another shape or dtype, or floats outside [0, 1].
+    """
+    import numpy as np
+    from PIL import Image
+
+    shape, dtype = array.shape, array.dtype
+    if array.ndim not in (2, 3) or (array.ndim == 3 and shape[2] not in (1, 3, 4)):
+        hint = ""
+        if array.ndim == 3 and shape[0] in (1, 3, 4):
+            hint = "; it looks channels-first: pass array.transpose(1, 2, 0)"
+        elif array.ndim == 4:
+            hint = "; it looks like a batch: pass its images one by one"
+        raise ImageError(f"{name}: expected (H, W), (H, W, 1), (H, W, 3) or (H, W, 4){hint}")
+    if array.size == 0:
+        raise ImageError(f"{name} has no pixels; expected at least 1x1")
+    if dtype.kind == "f":
+        low, high = array.min(), array.max()  # NaN if any value is
+        if not (low >= 0 and high <= 1):
+            raise ImageError(
+                f"{name} of {dtype} has values from {low:g} to {high:g}; floats must lie in "
+                "[0, 1]: divide by 255, or pass uint8"
+            )
+        array = np.rint(array * np.float32(255))
+    elif dtype.kind == "b":
+        array = array * np.uint8(255)
+    elif dtype.kind == "u" and dtype.itemsize == 2:
+        array = array >> 8
+    elif dtype != np.uint8:
+        raise ImageError(
+            f"{name} has dtype {dtype}; expected uint8, uint16, bool or floats in [0, 1]: "
+            "convert with .astype('uint8')"
+        )
+    pixels = array.astype(np.uint8)  # (H, W) or (H, W, 1 | 3 | 4)
+    return Image.fromarray(pixels[:, :, 0] if shape[2:] == (1,) else pixels)
+
+
+def upright_rgb(picture: PIL.Image.Image, name: str) -> PIL.Image.Image:
+    """Decode `picture` to a new RGB one, upright, opaque on white and without metadata.
+
+    Raises:
+        ImageError: the pixels cannot be decoded or have no meaning as colours.
+    """
+    from PIL import Image
+
+    try:
+        picture.load()
+        rgb = _to_rgb(picture, name)
+        turn = _turn_upright(picture)  # after load(): PNG may hold EXIF behind the pixels
+        upright = rgb if turn is None else rgb.transpose(turn)
+    except ImageError:
+        raise
+    except (*_MALFORMED, Image.DecompressionBombError) as err:
+        raise _damaged(name, picture.format, err) from err
+    upright.info.clear()  # else whoever reads the orientation next turns the picture again
+    return upright
+
+
+def _to_rgb(picture: PIL.Image.Image, name: str) -> PIL.Image.Image:
+    from PIL import Image
+
+    if picture.mode in ("I", "F") or picture.mode.startswith("I;16"):
+        return _rgb_from_wide_grey(picture, name)
+    if picture.mode == "La":  # premultiplied: the one mode convert() takes only one step at a time
+        picture = picture.convert("LA")
+    if not picture.has_transparency_data:
+        return picture.convert("RGB")
+    white = Image.new("RGBA", picture.size, "white")
+    return Image.alpha_composite(white, picture.convert("RGBA")).convert("RGB")
+
+
+def _rgb_from_wide_grey(picture: PIL.Image.Image, name: str) -> PIL.Image.Image:
+    """Grey of 16-bit, 32-bit or float values to RGB. Pillow's own convert() would clip at 255."""
+    import numpy as np
+    from PIL import Image
+
+    values = np.asarray(picture)  # (H, W)
+    low, high = values.min(), values.max()
+    top = 255 if picture.mode == "F" else 65535
+    if not (low >= 0 and high <= top):
+        raise ImageError(
+            f"{name} of mode {picture.mode} has values from {low} to {high}; expected 0 to {top}: "
+            "scale it to 8 bits per channel first"
+        )
+    if picture.mode == "F":  # Pillow's own range is 0..255, float TIFFs mostly hold 0..1
+        grey = np.rint(values * (255 if high <= 1 else 1)).astype(np.uint8)
+    else:
+        grey = (values >> 8).astype(np.uint8)  # the high byte, as Pillow does for 16-bit colour
+    transparent = picture.info.get("transparency")
+    if isinstance(transparent, int):
+        grey[values == transparent] = 255
+    return Image.fromarray(grey).convert("RGB")
+
+
+def _turn_upright(picture: PIL.Image.Image) -> PIL.Image.Transpose | None:
+    """The transpose that undoes EXIF orientation 2..8 (EXIF 2.32, tag 0x0112); else None.
+
+    Not `ImageOps.exif_transpose`: that also writes the remaining EXIF anew and fails on damaged
+    tags. EXIF that cannot be read counts as upright.
+    """
+    from PIL import Image
+
+    try:
+        orientation = picture.getexif().get(0x0112)
+    except _MALFORMED:
+        return None
+    turns = {
+        2: Image.Transpose.FLIP_LEFT_RIGHT,
+        3: Image.Transpose.ROTATE_180,
+        4: Image.Transpose.FLIP_TOP_BOTTOM,
+        5: Image.Transpose.TRANSPOSE,
+        6: Image.Transpose.ROTATE_270,
+        7: Image.Transpose.TRANSVERSE,
+        8: Image.Transpose.ROTATE_90,
+    }
+    return turns.get(orientation) if isinstance(orientation, int) else None
