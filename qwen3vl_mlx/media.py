@@ -13,7 +13,9 @@ from urllib.parse import unquote, unquote_to_bytes, urlsplit
 from qwen3vl_mlx.errors import ImageError
 from qwen3vl_mlx.media_decode import (
     HEAD_BYTES,
+    MAX_ASPECT,
     check_format,
+    check_size,
     format_of,
     open_encoded,
     picture_from_array,
@@ -25,6 +27,15 @@ if TYPE_CHECKING:
     import numpy as np
     import PIL.Image
 
+__all__ = [
+    "MAX_ASPECT",
+    "MAX_DOWNLOAD_BYTES",
+    "MAX_SOURCE_PIXELS",
+    "ImageSource",
+    "describe_source",
+    "load_image",
+]
+
 ImageSource: TypeAlias = (
     "str | os.PathLike[str] | bytes | bytearray | memoryview | PIL.Image.Image "
     "| np.ndarray[Any, Any]"
@@ -33,9 +44,6 @@ ImageSource: TypeAlias = (
 MAX_SOURCE_PIXELS = 178_956_970
 """Where Pillow itself calls a picture a decompression bomb (2 * 1024**3 // 4 // 3 pixels, half a
 GiB of RGB); above any camera, and ten times what the model looks at (16384 tokens, 16.8 Mpixel)."""
-
-MAX_ASPECT = 200
-"""The longest side over the shortest that Qwen3-VL's resize takes (HF `smart_resize`)."""
 
 MAX_DOWNLOAD_BYTES = 64 * 2**20
 
@@ -79,8 +87,9 @@ def load_image(
     elif isinstance(source, np.ndarray):
         picture = picture_from_array(source, name)
     else:
-        picture = open_encoded(_read(source, name, timeout=timeout, max_bytes=max_bytes), name)
-    _check_size(picture.size, name, max_source_pixels)
+        data = _read(source, name, timeout=timeout, max_bytes=max_bytes)
+        picture = open_encoded(data, name, max_source_pixels)
+    check_size(picture.size, name, max_source_pixels)
     return upright_rgb(picture, name)
 
 
@@ -232,19 +241,3 @@ def _read_file(path: str, name: str) -> bytes:
         raise ImageError(f"no such file: {name}; expected {_SOURCES}") from err
     except ValueError as err:  # a NUL or a lone surrogate
         raise ImageError(f"no such file: {name}; the name holds an impossible character") from err
-
-
-def _check_size(size: tuple[int, int], name: str, max_source_pixels: int) -> None:
-    width, height = size
-    if width < 1 or height < 1:
-        raise ImageError(f"{name} is {width}x{height}: it has no pixels; expected at least 1x1")
-    if width * height > max_source_pixels:
-        raise ImageError(
-            f"{name} is {width}x{height} = {width * height} pixels, over the limit of "
-            f"{max_source_pixels}; scale it down, or raise max_source_pixels if you trust it"
-        )
-    if max(size) > MAX_ASPECT * min(size):
-        raise ImageError(
-            f"{name} is {width}x{height}: one side is over {MAX_ASPECT} times the other, "
-            "more than the model takes; crop or pad it"
-        )

@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     import numpy as np
     import PIL.Image
 
+MAX_ASPECT = 200
+"""The longest side over the shortest that Qwen3-VL's resize takes (HF `smart_resize`)."""
+
 _FORMATS = (
     ("JPEG", rb"\xff\xd8\xff"),
     ("PNG", rb"\x89PNG\r\n\x1a\n"),
@@ -100,8 +103,8 @@ def _damaged(name: str, form: str | None, err: BaseException) -> ImageError:
     return ImageError(f"{name} is {what} ({reason}); expected a whole one: copy or save it again")
 
 
-def open_encoded(data: bytes, name: str) -> PIL.Image.Image:
-    """Read the header of an image file; the pixels follow on `load()`. Raises ImageError.
+def open_encoded(data: bytes, name: str, max_source_pixels: int) -> PIL.Image.Image:
+    """Open an image file, whose pixels may follow on `load()`. Raises ImageError.
 
     Calls the format's own Pillow plugin, not `Image.open`: that one warns and fails by a global
     limit, and silencing warnings is not thread-safe. No plugin outside `_FORMATS` ever runs.
@@ -111,23 +114,45 @@ def open_encoded(data: bytes, name: str) -> PIL.Image.Image:
     form = check_format(data, name)
     try:
         if form == "HEIF":
-            # Turns the pixels as the file says and resets the EXIF orientation to 1.
-            from pillow_heif import HeifImageFile
-
-            heif: PIL.Image.Image = HeifImageFile(_Whole(data), "")  # type: ignore[no-untyped-call]
-            return heif
+            return _picture_from_heif(data, name, max_source_pixels)
         Image.init()
         if form not in Image.OPEN:
             raise ImageError(f"{name} is an {form} image; this Pillow cannot read it: upgrade it")
         return Image.OPEN[form][0](_Whole(data), "")
     except ImageError:
         raise
+    except (*_MALFORMED, Image.DecompressionBombError) as err:
+        raise _damaged(name, form, err) from err
+
+
+def _picture_from_heif(data: bytes, name: str, max_source_pixels: int) -> PIL.Image.Image:
+    """Decode HEIF. libheif turns the pixels as the file says; `to_pillow` sets EXIF to upright."""
+    try:
+        import pillow_heif
     except ImportError as err:
         raise ImageError(
             f'{name} is a HEIC/HEIF image, which needs pillow-heif: pip install "qwen3vl-mlx[heif]"'
         ) from err
-    except (*_MALFORMED, Image.DecompressionBombError) as err:
-        raise _damaged(name, form, err) from err
+    heif = pillow_heif.open_heif(data)  # type: ignore[no-untyped-call]
+    check_size(heif.size, name, max_source_pixels)  # here: the next line decodes
+    return heif.to_pillow()
+
+
+def check_size(size: tuple[int, int], name: str, max_source_pixels: int) -> None:
+    """Raise ImageError unless a picture of `size` (width, height) may be decoded."""
+    width, height = size
+    if width < 1 or height < 1:
+        raise ImageError(f"{name} is {width}x{height}: it has no pixels; expected at least 1x1")
+    if width * height > max_source_pixels:
+        raise ImageError(
+            f"{name} is {width}x{height} = {width * height} pixels, over the limit of "
+            f"{max_source_pixels}; scale it down, or raise max_source_pixels if you trust it"
+        )
+    if max(size) > MAX_ASPECT * min(size):
+        raise ImageError(
+            f"{name} is {width}x{height}: one side is over {MAX_ASPECT} times the other, "
+            "more than the model takes; crop or pad it"
+        )
 
 
 def picture_from_array(array: np.ndarray[Any, Any], name: str) -> PIL.Image.Image:

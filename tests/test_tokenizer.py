@@ -39,7 +39,7 @@ TEXTS = [
     "",
     "Hello, world! It's 2026 and pi is 3.14159.",
     "a\nb\r\n\n  c\t \n",
-    "naïve Ångström e\u0301 中文字符，日本語 한국어 العربية",
+    "naïve Ångström e\u0301 中文字符、日本語 한국어 العربية",
     "👩‍👩‍👧‍👦 🇩🇪 👍🏽 🙂",
     "<|im_start|>user\n<|vision_start|><|image_pad|><|vision_end|>Hi<|im_end|>\n",
     "<think>\nso\n</think>\n\n<tool_call>\n{}\n</tool_call> <|endoftext|> <|unknown|>",
@@ -167,6 +167,29 @@ def test_truncation_and_padding_saved_by_training_are_ignored(tmp_path: Path) ->
     tokenizer = Tokenizer.from_folder(tmp_path)
     for text in ("a", "far more than four tokens in this one"):
         assert tokenizer.encode(text) == TOKENIZER.encode(text)
+
+
+def test_a_post_processor_adds_nothing(tmp_path: Path) -> None:
+    start = {"id": "<|im_start|>", "type_id": 0}
+    processor: dict[str, Any] = {
+        "type": "TemplateProcessing",
+        "single": [{"SpecialToken": start}, {"Sequence": {"id": "A", "type_id": 0}}],
+        "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 0}}],
+        "special_tokens": {
+            "<|im_start|>": {"id": "<|im_start|>", "ids": [IM_START], "tokens": ["<|im_start|>"]}
+        },
+    }
+    (tmp_path / "tokenizer.json").write_text(edited(post_processor=processor))
+    assert Tokenizer.from_folder(tmp_path).encode("Hi") == TOKENIZER.encode("Hi")
+
+
+def test_added_tokens_outside_the_byte_alphabet_are_their_literal(tmp_path: Path) -> None:
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized", "special"), False)
+    added = [{"id": 1024, "content": "<两 点>"} | flags]
+    (tmp_path / "tokenizer.json").write_text(edited(added_tokens=added))
+    tokenizer = Tokenizer.from_folder(tmp_path)
+    assert tokenizer.encode("<两 点>") == [1024]
+    assert tokenizer.token_bytes(1024).decode() == tokenizer.decode([1024]) == "<两 点>"
 
 
 @pytest.mark.parametrize(

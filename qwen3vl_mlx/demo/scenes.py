@@ -68,6 +68,7 @@ WORDINGS = MappingProxyType({
 
 _MAX_AREA = 320 * 192
 _COLOR_JITTER = 18
+_LEAST_CONTRAST = 100  # of text with its background, in levels of luma
 _STAR_WAIST = 0.42  # inner over outer radius
 _FONT = Path(__file__).with_name("DejaVuSans-Bold-subset.ttf")
 
@@ -244,6 +245,11 @@ def _tint(color: str, rng: Random) -> RGB:
     return near(red), near(green), near(blue)
 
 
+def _luma(color: str) -> float:
+    red, green, blue = COLORS[color]
+    return 0.299 * red + 0.587 * green + 0.114 * blue
+
+
 def _make_shapes(
     size: tuple[int, int], background: str, scale: int, rng: Random
 ) -> tuple[Shape, ...]:
@@ -259,22 +265,22 @@ def _make_shapes(
 
 
 def _place_box(size: tuple[int, int], place: int, scale: int, *, alone: bool, rng: Random) -> Box:
-    """Return a square box in its cell of the grid; a shape alone may be larger than its cell."""
-    cells = (size[0] / 3, size[1] / 3)
-    low, high = (0.9, 1.5) if alone else (0.64, 0.98)
-    side = int(max(rng.uniform(low, high) * min(cells), 23) * scale)  # in drawn pixels
+    """Return a square box in its cell of the grid; a shape alone may reach out of its cell."""
+    cells = (size[0] * scale / 3, size[1] * scale / 3)  # in drawn pixels
+    low, high = (0.95, 1.5) if alone else (0.64, 0.98)
+    side = int(rng.uniform(max(low * min(cells), 23.5 * scale), high * min(cells)))
     start = []
-    for axis, index in enumerate((place % 3, place // 3)):
-        cell = cells[axis] * scale
-        slack = max((cell - side) / 2, cell / 10) * rng.uniform(-1, 1)
-        first = int((index + 0.5) * cell + slack - side / 2)
-        start.append(min(max(first, 0), size[axis] * scale - side))
+    for cell, index, length in zip(cells, (place % 3, place // 3), size, strict=True):
+        reach = 0.3 * cell if alone else (cell - side) / 2
+        first = int((index + 0.5) * cell + reach * rng.uniform(-1, 1) - side / 2)
+        start.append(min(max(first, 0), length * scale - side))
     x, y = start
     return x / scale, y / scale, (x + side) / scale, (y + side) / scale
 
 
 def _make_label(size: tuple[int, int], background: str, scale: int, rng: Random) -> Label:
-    color = rng.choice([c for c in SHAPE_COLORS if c != background])
+    readable = [c for c in SHAPE_COLORS if abs(_luma(c) - _luma(background)) > _LEAST_CONTRAST]
+    color = rng.choice(readable)
     while True:  # 30 px and one digit fit the smallest picture, so this ends
         digits = "".join(rng.choice("0123456789") for _ in range(rng.randint(1, 4)))
         string = rng.choice(WORDS) if rng.random() < 0.25 else digits

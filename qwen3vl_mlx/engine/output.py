@@ -216,11 +216,11 @@ class OutputParser:
         if self.state == "content" and not self.tools:
             return [self._chunk(text)]
         body = text.rstrip("\n")
-        waiting, self.newlines = self.newlines + text[: 0 if body else None], text[len(body) :]
         if not body:
-            self.newlines = waiting
+            self.newlines += text
             return []
-        return [self._chunk(waiting + body)]
+        ready, self.newlines = self.newlines + body, text[len(body) :]
+        return [self._chunk(ready)]
 
     def _chunk(self, text: str) -> Chunk:
         return Chunk(reasoning=text) if self.state == "reasoning" else Chunk(text=text)

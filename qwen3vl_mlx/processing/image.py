@@ -19,13 +19,12 @@ import numpy as np
 import numpy.typing as npt
 
 from qwen3vl_mlx.errors import CheckpointError, ConfigError, ImageError, InputError
+from qwen3vl_mlx.media import MAX_ASPECT
 from qwen3vl_mlx.models.config import VisionConfig
 from qwen3vl_mlx.models.positions import Grid
 
 if TYPE_CHECKING:
     from PIL.Image import Image
-
-MAX_ASPECT = 200
 
 
 @dataclass(frozen=True)
@@ -74,6 +73,7 @@ class VisualInput:
     patches: npt.NDArray[np.uint8]  # (N, P * P * C), or (N, T * P * P * C) for video
     grid_thw: Grid
     settings: VisionSettings
+    timestamps: tuple[float, ...] = ()  # seconds of each temporal patch of a video
 
     @cached_property
     def identity(self) -> str:
@@ -241,7 +241,9 @@ def _patchify(
     return ordered.reshape(-1, temporal * patch * patch * channels)
 
 
-def video_input(frames: list[Image], settings: VisionSettings, budget: PixelBudget) -> VisualInput:
+def video_input(
+    frames: list[Image], fps: float, settings: VisionSettings, budget: PixelBudget
+) -> VisualInput:
     """Resize and cut a video's sampled frames; the last one is repeated to fill a temporal patch.
 
     Raises ImageError for no frames or frames of different sizes.
@@ -266,4 +268,17 @@ def video_input(frames: list[Image], settings: VisionSettings, budget: PixelBudg
         rows // settings.patch_size,
         cols // settings.patch_size,
     )
-    return VisualInput("video", _patchify(pixels, temporal, settings), grid, settings)
+    times = timestamps(len(frames), fps, temporal)
+    return VisualInput("video", _patchify(pixels, temporal, settings), grid, settings, times)
+
+
+def timestamps(num_frames: int, fps: float, temporal_patch_size: int) -> tuple[float, ...]:
+    """Seconds of each temporal patch: the mean of its first and last frame's times.
+
+    A patch that lacks frames counts the last one again. Source: HF `_calculate_timestamps`.
+    """
+    indices = list(range(num_frames)) + [num_frames - 1] * (-num_frames % temporal_patch_size)
+    return tuple(
+        (indices[i] + indices[i + temporal_patch_size - 1]) / fps / 2
+        for i in range(0, len(indices), temporal_patch_size)
+    )

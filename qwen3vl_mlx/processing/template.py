@@ -340,11 +340,7 @@ def _to_json(
 ) -> str:
     """Jinja's own `tojson` would escape HTML and sort the keys."""
     return json.dumps(
-        value,
-        ensure_ascii=ensure_ascii,
-        indent=indent,
-        separators=separators,
-        sort_keys=sort_keys,
+        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
     )
 
 
