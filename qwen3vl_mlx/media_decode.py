@@ -133,7 +133,7 @@ def _picture_from_heif(data: bytes, name: str, max_source_pixels: int) -> PIL.Im
         raise ImageError(
             f'{name} is a HEIC/HEIF image, which needs pillow-heif: pip install "qwen3vl-mlx[heif]"'
         ) from err
-    heif = pillow_heif.open_heif(data)  # type: ignore[no-untyped-call]
+    heif = pillow_heif.open_heif(data)
     check_size(heif.size, name, max_source_pixels)  # here: the next line decodes
     return heif.to_pillow()
 
