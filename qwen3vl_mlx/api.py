@@ -1,8 +1,8 @@
 """The library in one object: load a checkpoint, ask, stream, chat.
 
-    from qwen3vl_mlx import load
-    model = load("demo")
-    print(model.generate("What is this?", images=["photo.jpg"]).text)
+from qwen3vl_mlx import load
+model = load("demo")
+print(model.generate("What is this?", images=["photo.jpg"]).text)
 """
 
 from __future__ import annotations
@@ -43,15 +43,17 @@ def load(
     *,
     dtype: mx.Dtype | None = None,
     revision: str | None = None,
+    progress: bool = False,
 ) -> Qwen3VL:
     """Load a checkpoint: a folder, a Hub id, or "demo".
 
     None is $QWEN3VL_MODEL, or mlx-community/Qwen3-VL-4B-Instruct-4bit. dtype None keeps the
-    checkpoint's floating-point type on a GPU and is float32 on a CPU. Raises CheckpointError,
-    ConfigError, WeightsError or HubError.
+    checkpoint's floating-point type on a GPU and is float32 on a CPU. progress shows a bar on a
+    terminal where reading the weights takes over a second. Raises CheckpointError, ConfigError,
+    WeightsError or HubError.
     """
     folder = hub.resolve(hub.default_model() if model is None else model, revision)
-    weights = load_model(folder, dtype or default_dtype())
+    weights = load_model(folder, dtype or default_dtype(), progress=progress)
     wire_memory()
     processor = Processor.from_folder(folder, weights.config)
     return Qwen3VL(weights, processor, read_generation_config(folder))
@@ -76,9 +78,7 @@ def read_generation_config(folder: Path) -> Mapping[str, Any]:
 class Qwen3VL:
     """A loaded model. Holds weights and settings; every request brings its own state."""
 
-    def __init__(
-        self, model: Model, processor: Processor, generation_config: Mapping[str, Any]
-    ):
+    def __init__(self, model: Model, processor: Processor, generation_config: Mapping[str, Any]):
         self.model = model
         self.processor = processor
         self.default_params = default_params(generation_config)
@@ -302,9 +302,7 @@ class Chat:
             raise InputError("images and videos need a text: send(content, images=...)")
         messages = [*self.messages, *turn]
         prompt = self.model.processor.prompt(messages, tools=self.tools)
-        request = self.model.request(
-            prompt, self.params, tools=bool(self.tools), started=started
-        )
+        request = self.model.request(prompt, self.params, tools=bool(self.tools), started=started)
         return self._record(turn, request)
 
     def add_tool_result(

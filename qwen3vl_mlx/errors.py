@@ -1,4 +1,4 @@
-"""Every error a user can cause or meet. A message says what was wrong, what was expected, what to do.
+"""Every error a user can cause or meet: what was wrong, what was expected, what to do.
 
 `InputError` and its kin are the caller's to mend (exit status 2 on the command line); the rest are
 the checkpoint's, the Hub's or the machine's (exit status 1).

@@ -11,6 +11,7 @@ import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -42,21 +43,25 @@ def default_dtype() -> mx.Dtype | None:
     return mx.float32 if mx.default_device() == mx.Device(mx.cpu) else None
 
 
-def load_model(folder: Path, dtype: mx.Dtype | None = None) -> Model:
+def load_model(folder: Path, dtype: mx.Dtype | None = None, *, progress: bool = False) -> Model:
     """Read the checkpoint in `folder` into an evaluated `Model`.
 
     dtype: type of all floating-point weights and scales; None keeps the checkpoint's own.
+    progress: a bar on stderr, where that is a terminal and the work takes over a second.
     Raises ConfigError or WeightsError naming the key or tensor.
     """
     config = read_config(folder)
     weights = rename_weights(read_tensors(folder), config)
     model = build_model(config, weights)
     check_weights(weights, _shapes(model))
-    for group in _groups(weights, _READ_BYTES):
-        tensors = {name: _cast(weights.pop(name), dtype) for name in group}
-        mx.eval(tensors)
-        model.load_weights(list(tensors.items()), strict=False)
-        tensors.clear()
+    total = sum(tensor.nbytes for tensor in weights.values())
+    with _bar(total, progress) as bar:
+        for group in list(_groups(weights, _READ_BYTES)):
+            tensors = {name: _cast(weights.pop(name), dtype) for name in group}
+            mx.eval(tensors)
+            model.load_weights(list(tensors.items()), strict=False)
+            bar.update(sum(tensor.nbytes for tensor in tensors.values()))
+            tensors.clear()
     model.eval()
     return model
 
@@ -90,7 +95,9 @@ def weight_files(folder: Path) -> list[Path]:
     index = folder / "model.safetensors.index.json"
     if index.exists():
         try:
-            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+            names = sorted(
+                set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+            )
         except (ValueError, KeyError, AttributeError, TypeError) as error:
             raise WeightsError(f"{index} is not a safetensors index: {error!r}") from error
         if missing := [name for name in names if not (folder / name).exists()]:
@@ -180,9 +187,7 @@ def build_model(config: ModelConfig, weights: Mapping[str, mx.array]) -> Model:
     if not quantized:
         return model
     if config.quantization is None:
-        raise ConfigError(
-            f"config.json: quantization is missing, but {min(quantized)} has scales"
-        )
+        raise ConfigError(f"config.json: quantization is missing, but {min(quantized)} has scales")
     quantization = config.quantization
 
     def settings(path: str, module: nn.Module) -> bool | dict[str, int | str]:
@@ -227,13 +232,30 @@ def check_weights(weights: Mapping[str, mx.array], expected: Mapping[str, tuple[
 
 
 def _shapes(model: Model) -> dict[str, tuple[int, ...]]:
-    return {name: tensor.shape for name, tensor in tree_flatten(model.parameters())}
+    flat = tree_flatten(model.parameters(), destination={})  # type: ignore[no-untyped-call]
+    assert isinstance(flat, dict)
+    return {name: tensor.shape for name, tensor in flat.items()}
 
 
 def _cast(tensor: mx.array, dtype: mx.Dtype | None) -> mx.array:
     if dtype is None or not mx.issubdtype(tensor.dtype, mx.floating):
         return tensor
     return tensor.astype(dtype)
+
+
+def _bar(total: int, wanted: bool) -> Any:
+    from tqdm import tqdm
+
+    # disable=None hides it where stderr is no terminal.
+    return tqdm(
+        total=total,
+        desc="Loading",
+        unit="B",
+        unit_scale=True,
+        delay=1.0,
+        leave=False,
+        disable=None if wanted else True,
+    )
 
 
 def _groups(weights: Mapping[str, mx.array], limit: int) -> Iterator[Iterable[str]]:

@@ -25,19 +25,11 @@ if TYPE_CHECKING:
 RGB = tuple[int, int, int]
 Box = tuple[float, float, float, float]
 
-COLORS = MappingProxyType(
-    {
-        "red": (220, 25, 28),
-        "green": (30, 155, 50),
-        "blue": (35, 75, 215),
-        "yellow": (245, 225, 40),
-        "orange": (248, 135, 20),
-        "purple": (142, 40, 172),
-        "black": (15, 15, 15),
-        "white": (245, 245, 245),
-        "gray": (125, 128, 130),
-    }
-)
+COLORS = MappingProxyType({
+    "red": (220, 25, 28), "green": (30, 155, 50), "blue": (35, 75, 215),
+    "yellow": (245, 225, 40), "orange": (248, 135, 20), "purple": (142, 40, 172),
+    "black": (15, 15, 15), "white": (245, 245, 245), "gray": (125, 128, 130),
+})  # fmt: skip
 SHAPE_COLORS = tuple(color for color in COLORS if color != "gray")  # gray is a background only
 SHAPES = ("circle", "square", "triangle", "star", "diamond")
 PLACES = (
@@ -246,8 +238,7 @@ def _tint(color: str, rng: Random) -> RGB:
 
 
 def _luma(color: str) -> float:
-    red, green, blue = COLORS[color]
-    return 0.299 * red + 0.587 * green + 0.114 * blue
+    return sum(w * v for w, v in zip((0.299, 0.587, 0.114), COLORS[color], strict=True))
 
 
 def _make_shapes(

@@ -43,9 +43,7 @@ def answer(
     mx.reset_peak_memory()
     cached = state.reuse(prompt)
     logits = generation.prefill(model, prompt, state)
-    tokens = generation.decode(
-        model, state, prompt.rope_delta, logits, sampler, request.max_tokens
-    )
+    tokens = generation.decode(model, state, prompt.rope_delta, logits, sampler, request.max_tokens)
     count, first = 0, 0.0
     for token in tokens:
         count += 1

@@ -5,7 +5,7 @@ Knows tokens, positions and features; nothing of text, images or front ends.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 
 import mlx.core as mx
 import numpy as np
@@ -31,12 +31,12 @@ def prefill(
     may end anywhere, inside an image too: features travel with their rows.
     """
     start = state.reuse(prompt)
-    hidden: mx.array | None = None
-    for hidden in forward(model, prompt, state, start, chunk):
+    last = mx.array([])
+    for hidden in forward(model, prompt, state, start, chunk):  # at least one: see reuse()
+        last = hidden[:, -1:]
         mx.async_eval(state.arrays())
     state.extend(prompt)
-    assert hidden is not None  # reuse() always leaves a token
-    return model.language_model.logits(hidden[:, -1:])[0, 0]
+    return model.language_model.logits(last)[0, 0]
 
 
 def forward(
@@ -72,7 +72,7 @@ def decode(
     logits: mx.array,
     sampler: Sampler,
     max_tokens: int,
-) -> Iterator[int]:
+) -> Generator[int, None, None]:
     """Sample up to `max_tokens` tokens, starting from the prompt's last logits.
 
     The next step is queued before the host reads a token, so the device never waits. Closing the
@@ -87,7 +87,7 @@ def decode(
             hidden = model.language_model(token[None], positions, state.layers)
             following = sampler(model.language_model.logits(hidden)[0, 0])
             mx.async_eval(following)
-        value = int(token.item())
+        value = int(token.item())  # type: ignore[arg-type]
         if following is None:
             yield value
             return

@@ -50,7 +50,14 @@ class Usage:
 
 
 def make_usage(
-    *, prompt: int, completion: int, cached: int, started: float, first: float, ended: float, peak: int
+    *,
+    prompt: int,
+    completion: int,
+    cached: int,
+    started: float,
+    first: float,
+    ended: float,
+    peak: int,
 ) -> Usage:
     """`Usage` from counts and clock readings (seconds)."""
     prompt_time, completion_time = first - started, ended - first

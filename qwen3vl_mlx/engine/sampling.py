@@ -6,11 +6,13 @@ Order as in HF and vLLM: penalties, temperature, top-k, top-p, min-p, draw. Filt
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
+import numpy.typing as npt
 
 from qwen3vl_mlx._mlx_lm.sample_utils import apply_min_p, apply_top_p
 from qwen3vl_mlx.errors import InputError
@@ -94,7 +96,7 @@ def default_params(generation_config: Mapping[str, Any]) -> SamplingParams:
 class Sampler:
     """One request's sampler: its penalties' counts and its random key. Never syncs the device."""
 
-    def __init__(self, params: SamplingParams, prompt_ids: Sequence[int], vocab_size: int):
+    def __init__(self, params: SamplingParams, prompt_ids: npt.NDArray[np.int32], vocab_size: int):
         self.params = params
         self.vocab_size = vocab_size
         seed = params.seed

@@ -54,7 +54,9 @@ def _batches(media: Sequence[VisualInput], order: Sequence[int]) -> list[list[in
 
 def _encode_batch(tower: VisionModel, media: Sequence[VisualInput]) -> VisionFeatures:
     settings = media[0].settings
-    raw = mx.array(np.concatenate([m.patches for m in media]) if len(media) > 1 else media[0].patches)
+    raw = mx.array(
+        np.concatenate([m.patches for m in media]) if len(media) > 1 else media[0].patches
+    )
     dtype = tower.patch_embed.proj.weight.dtype
     patches = normalize_patches(raw, settings.mean, settings.std, dtype)
     return tower(patches, vision_tables([m.grid_thw for m in media], tower.config))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TypeAlias
 
 import numpy as np
@@ -98,7 +99,7 @@ def find_spans(
     kinds = np.where(visual, token_ids, -1)
     edges = np.flatnonzero(np.diff(kinds, prepend=-1, append=-1))
     spans: list[Span] = []
-    for start, stop in zip(edges, edges[1:], strict=False):
+    for start, stop in pairwise(edges.tolist()):
         kind = int(kinds[start])
         while kind >= 0 and start < stop:  # neighbours without a wrapper share a run
             if not frames[kind]:
@@ -106,7 +107,7 @@ def find_spans(
                     f"the prompt has more {names[kind]} placeholders than {names[kind]}s given"
                 )
             height, width = frames[kind].pop(0)
-            span = Span(int(start), height // spatial_merge_size, width // spatial_merge_size)
+            span = Span(start, height // spatial_merge_size, width // spatial_merge_size)
             if span.stop > stop:
                 raise PromptError(
                     f"a {names[kind]} of grid {height} x {width} needs {span.stop - span.start} "

@@ -85,9 +85,7 @@ class MRope:
 
 
 @partial(mx.compile, shapeless=True)
-def _turn(
-    a: mx.array, b: mx.array, cos: mx.array, sin: mx.array
-) -> tuple[mx.array, mx.array]:
+def _turn(a: mx.array, b: mx.array, cos: mx.array, sin: mx.array) -> tuple[mx.array, mx.array]:
     x, y = a.astype(mx.float32), b.astype(mx.float32)
     return (x * cos - y * sin).astype(a.dtype), (y * cos + x * sin).astype(a.dtype)
 
@@ -95,4 +93,4 @@ def _turn(
 def rotate(x: mx.array, cos: mx.array, sin: mx.array) -> mx.array:
     """Rotate the halves of the last axis of x by tables that broadcast to (..., dim // 2)."""
     a, b = mx.split(x, 2, axis=-1)
-    return mx.concatenate(_turn(a, b, cos, sin), axis=-1)
+    return mx.concatenate([*_turn(a, b, cos, sin)], axis=-1)

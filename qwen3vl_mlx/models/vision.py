@@ -35,9 +35,10 @@ class VisionFeatures:
 
     @staticmethod
     def concatenate(parts: Sequence[VisionFeatures]) -> VisionFeatures:
+        levels = zip(*(part.deepstack for part in parts), strict=True)
         return VisionFeatures(
             mx.concatenate([part.embeds for part in parts]),
-            tuple(mx.concatenate(level) for level in zip(*(p.deepstack for p in parts), strict=True)),
+            tuple(mx.concatenate([*level]) for level in levels),
         )
 
 
@@ -150,11 +151,9 @@ class Attention(nn.Module):
         outputs, start = [], 0
         for segments, length in tables.segments:
             stop = start + segments * length
-            split = [
-                y[start:stop].reshape(segments, length, self.num_heads, -1).swapaxes(1, 2)
-                for y in (q, k, v)
-            ]  # (segments, heads, length, head_dim)
-            attended = full_attention(*split, scale=self.scale)
+            split = (segments, length, self.num_heads, -1)
+            parts = [y[start:stop].reshape(split).swapaxes(1, 2) for y in (q, k, v)]
+            attended = full_attention(parts[0], parts[1], parts[2], self.scale)
             outputs.append(attended.swapaxes(1, 2).reshape(segments * length, hidden))
             start = stop
         return self.proj(outputs[0] if len(outputs) == 1 else mx.concatenate(outputs))

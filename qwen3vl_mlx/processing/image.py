@@ -101,7 +101,9 @@ def read_settings(folder: Path, vision: VisionConfig) -> VisionSettings:
     """
     image = _read(folder, "preprocessor_config.json", "image_processor")
     if image is None:
-        raise CheckpointError(f"{folder} has neither preprocessor_config.json nor processor_config.json")
+        raise CheckpointError(
+            f"{folder} has neither preprocessor_config.json nor processor_config.json"
+        )
     video = _read(folder, "video_preprocessor_config.json", "video_processor")
     for key, ours, expected in (
         ("patch_size", "patch_size", vision.patch_size),

@@ -55,7 +55,9 @@ class Processor:
         template = ChatTemplate.from_folder(folder, tokenizer)
         return cls(tokenizer, template, read_settings(folder, config.vision), config)
 
-    def image_budget(self, min_pixels: int | None = None, max_pixels: MaxPixels = None) -> PixelBudget:
+    def image_budget(
+        self, min_pixels: int | None = None, max_pixels: MaxPixels = None
+    ) -> PixelBudget:
         """Pixel limits of one image for a request's own wishes.
 
         max_pixels None is the desktop default, "full" the checkpoint's own limit.
@@ -114,9 +116,10 @@ class Processor:
         for message in messages:
             content = message.get("content")
             if content is not None and not isinstance(content, str):
+                kinds = [part_kind(part) for part in content]
                 content = [
-                    part if (kind := part_kind(part)) == "text" else {"type": kind, kind: next(media)}
-                    for part in content
+                    part if kind == "text" else {"type": kind, kind: next(media)}
+                    for kind, part in zip(kinds, content, strict=True)
                 ]
             copies.append({**message, "content": content})
         return copies
@@ -125,9 +128,7 @@ class Processor:
         """A prompt from ids with one placeholder per image and per temporal patch of a video."""
         config = self.config
         ids = np.asarray(token_ids, np.int32)
-        grids = {
-            kind: [m.grid_thw for m in media if m.kind == kind] for kind in ("image", "video")
-        }
+        grids = {kind: [m.grid_thw for m in media if m.kind == kind] for kind in ("image", "video")}
         merge = self.settings.merge_size**2
         counts = np.ones(len(ids), np.int64)
         for kind, token in (("image", config.image_token_id), ("video", config.video_token_id)):
@@ -136,7 +137,7 @@ class Processor:
             if len(places) != len(frames):
                 raise PromptError(
                     f"the chat template wrote {len(places)} {kind} placeholders for "
-                    f"{len(frames)} {kind} frames"
+                    f"{len(frames)} {kind} frames; put pictures into user messages"
                 )
             counts[places] = frames
         ids = np.repeat(ids, counts)

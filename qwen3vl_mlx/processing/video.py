@@ -21,4 +21,3 @@ class Video:
     def __post_init__(self) -> None:
         if not self.fps > 0:
             raise InputError(f"fps must be above 0, got {self.fps}")
-

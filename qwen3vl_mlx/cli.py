@@ -1,0 +1,76 @@
+"""`qwen3vl COMMAND`, and the process edge that all commands share: exit codes, one-line errors."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+from importlib import import_module
+
+COMMANDS = {
+    "generate": "answer a prompt about pictures",
+    "bench": "measure this machine on a checkpoint",
+}
+
+_USAGE = """usage: qwen3vl COMMAND [options]
+
+commands:
+{commands}
+
+`qwen3vl COMMAND --help` explains a command's options.
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run `qwen3vl`. Returns the exit status."""
+    args = list(sys.argv[1:] if argv is None else argv)
+    if args and args[0] in COMMANDS:
+        command = import_module(f"qwen3vl_mlx.{args[0]}").main
+        return int(command(args[1:], prog=f"qwen3vl {args[0]}"))
+    usage = _USAGE.format(commands="\n".join(f"  {n:<10} {text}" for n, text in COMMANDS.items()))
+    if args and args[0] == "--version":
+        from qwen3vl_mlx import __version__
+
+        print(__version__)
+        return 0
+    if args and args[0] in ("-h", "--help"):
+        print(usage, end="")
+        return 0
+    problem = f"error: no command {args[0]!r}\n\n" if args else ""
+    sys.stderr.write(problem + usage)
+    return 2
+
+
+def run(action: Callable[[], None], *, debug: bool = False) -> int:
+    """Run a command's body and return its exit status; errors become one line on stderr.
+
+    0 done, 1 the machine's or checkpoint's fault, 2 bad input, 130 interrupted, 141 reader gone.
+    """
+    from qwen3vl_mlx.errors import Qwen3VLError
+
+    try:
+        action()
+        sys.stdout.flush()
+        return 0
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # Python would complain again when it flushes stdout on exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except Qwen3VLError as error:
+        if debug:
+            raise
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return error.exit_code
+    except Exception as error:
+        if debug:
+            raise
+        problem = " ".join(f"{type(error).__name__}: {error}".split())
+        print(f"error: {problem} (--debug shows where)", file=sys.stderr)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

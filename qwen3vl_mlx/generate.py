@@ -1,0 +1,228 @@
+"""`python -m qwen3vl_mlx.generate`: one prompt, some pictures, one streamed answer on stdout."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import stat
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from qwen3vl_mlx import cli
+
+if TYPE_CHECKING:
+    from qwen3vl_mlx.engine.output import Chunk, Usage
+
+DEFAULT_PROMPT = "Describe the image."
+DEFAULT_PROMPT_SEVERAL = "Describe the images."
+
+_EPILOG = """examples:
+  python -m qwen3vl_mlx.generate --image photo.jpg
+  python -m qwen3vl_mlx.generate --image a.png --image b.png --prompt "What changed?"
+  echo "Read the text." | python -m qwen3vl_mlx.generate --image page.heic --temperature 0
+  python -m qwen3vl_mlx.generate --model demo --image scene.png --json
+
+The answer goes to stdout, everything else to stderr. Exit status: 0 answered, 1 the checkpoint,
+the Hub or the machine failed, 2 bad input, 130 interrupted.
+"""
+
+
+def parser(prog: str) -> argparse.ArgumentParser:
+    """The command's options."""
+    p = argparse.ArgumentParser(
+        prog=prog,
+        description="Ask a Qwen3-VL model about pictures, or without any.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    p.add_argument(
+        "--model",
+        metavar="NAME",
+        help='folder, Hub id or "demo" (default: $QWEN3VL_MODEL, else the 4-bit 4B Instruct '
+        "model of mlx-community, downloaded once)",
+    )
+    p.add_argument("--revision", help="branch, tag or commit of a Hub model")
+    p.add_argument(
+        "-i",
+        "--image",
+        action="append",
+        default=[],
+        metavar="IMAGE",
+        help="path, URL, data URI or base64; repeat for several, shown in this order",
+    )
+    p.add_argument(
+        "-p",
+        "--prompt",
+        help='question; "-" or nothing reads a piped stdin (default: describe the image)',
+    )
+    p.add_argument("--system", help="system message")
+    out = p.add_argument_group("output")
+    out.add_argument("--json", action="store_true", help="print one JSON object at the end")
+    out.add_argument("-v", "--verbose", action="store_true", help="statistics and any reasoning")
+    out.add_argument("--debug", action="store_true", help="show tracebacks")
+    pixels = p.add_argument_group("resolution, per image; 1,024 pixels make one visual token")
+    pixels.add_argument("--min-pixels", type=int, metavar="N", help="enlarge to at least this")
+    pixels.add_argument(
+        "--max-pixels", type=int, metavar="N", help="shrink to at most this (default 2,621,440)"
+    )
+    pixels.add_argument(
+        "--full-resolution", action="store_true", help="up to the checkpoint's own limit"
+    )
+    pixels.add_argument(
+        "--number-images", action="store_true", help='write "Picture N:" before each image'
+    )
+    _add_sampling(p.add_argument_group("sampling (defaults: the checkpoint's)"))
+    return p
+
+
+def _add_sampling(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--max-tokens", type=int, metavar="N", help="end the answer after N tokens")
+    group.add_argument("--temperature", type=float, metavar="T", help="0 is greedy")
+    group.add_argument("--top-p", type=float, metavar="P")
+    group.add_argument("--top-k", type=int, metavar="K", help="0 is off")
+    group.add_argument("--min-p", type=float, metavar="P")
+    group.add_argument(
+        "--repetition-penalty", type=float, metavar="X", help="over prompt and answer"
+    )
+    group.add_argument("--frequency-penalty", type=float, metavar="X", help="over the answer")
+    group.add_argument("--presence-penalty", type=float, metavar="X", help="over the answer")
+    group.add_argument("--stop", action="append", metavar="TEXT", help="end before TEXT; repeat")
+    group.add_argument("--seed", type=int, metavar="N", help="the same seed, the same answer")
+
+
+def main(argv: Sequence[str] | None = None, prog: str = "python -m qwen3vl_mlx.generate") -> int:
+    """Run the command. Returns the exit status."""
+    args = parser(prog).parse_args(argv)
+    return cli.run(lambda: answer(args), debug=args.debug)
+
+
+def answer(args: argparse.Namespace) -> None:
+    """Answer once, as `args` say. Raises Qwen3VLError."""
+    from qwen3vl_mlx.errors import InputError
+    from qwen3vl_mlx.media import load_image
+
+    if args.full_resolution and args.max_pixels is not None:
+        raise InputError("--full-resolution and --max-pixels exclude each other")
+    prompt = read_prompt(args.prompt, len(args.image))
+    images = [load_image(source) for source in args.image]  # before the weights: fail early
+
+    from qwen3vl_mlx.api import as_messages, load
+    from qwen3vl_mlx.engine.sampling import SamplingParams
+
+    sampling = {
+        "max_tokens": args.max_tokens,
+        "temperature": args.temperature,
+        "top_p": args.top_p,
+        "top_k": args.top_k,
+        "min_p": args.min_p,
+        "repetition_penalty": args.repetition_penalty,
+        "frequency_penalty": args.frequency_penalty,
+        "presence_penalty": args.presence_penalty,
+        "stop": args.stop,
+        "seed": args.seed,
+    }
+    SamplingParams().updated(sampling)  # before the weights too
+    model = load(args.model, revision=args.revision, progress=True)
+    system = [{"role": "system", "content": args.system}] if args.system is not None else []
+    chunks = model.stream(
+        [*system, *as_messages(prompt, images, ())],
+        min_pixels=args.min_pixels,
+        max_pixels="full" if args.full_resolution else args.max_pixels,
+        add_vision_id=args.number_images,
+        **sampling,
+    )
+    printer = Printer(args)
+    for chunk in chunks:
+        printer.show(chunk)
+
+
+def read_prompt(given: str | None, num_images: int) -> str:
+    """The prompt from the option, a piped stdin, or the default for pictures alone.
+
+    Raises InputError where there is neither prompt nor picture.
+    """
+    from qwen3vl_mlx.errors import InputError
+
+    prompt = given
+    if given == "-" or (given is None and _is_piped(sys.stdin)):
+        prompt = sys.stdin.read().strip()
+    if prompt:
+        return prompt
+    if given not in (None, "-"):
+        raise InputError("--prompt is empty")
+    if num_images == 0:
+        raise InputError("nothing to answer: give --image, --prompt or both")
+    return DEFAULT_PROMPT if num_images == 1 else DEFAULT_PROMPT_SEVERAL
+
+
+def _is_piped(stream: object) -> bool:
+    """Whether stdin is a pipe or a file: a terminal or /dev/null has no prompt to read."""
+    try:
+        mode = os.fstat(stream.fileno()).st_mode  # type: ignore[attr-defined]
+    except (AttributeError, OSError, ValueError):
+        return False
+    return stat.S_ISFIFO(mode) or stat.S_ISREG(mode)
+
+
+class Printer:
+    """Writes chunks as they come: answer to stdout; reasoning, notes and numbers to stderr."""
+
+    def __init__(self, args: argparse.Namespace):
+        self.json, self.verbose = args.json, args.verbose
+        self.chunks: list[Chunk] = []
+        self.waiting = sys.stderr.isatty()
+        self.ends_line = True
+        if self.waiting:
+            names = ", ".join(Path(source).name[:40] for source in args.image) or "the prompt"
+            sys.stderr.write(f"Reading {names} ...")
+            sys.stderr.flush()
+
+    def show(self, chunk: Chunk) -> None:
+        if self.waiting:
+            sys.stderr.write("\r\033[K")
+            sys.stderr.flush()
+            self.waiting = False
+        self.chunks.append(chunk)
+        if chunk.reasoning and self.verbose:
+            sys.stderr.write(chunk.reasoning)
+            sys.stderr.flush()
+        if chunk.text and not self.json:
+            sys.stdout.write(chunk.text)
+            sys.stdout.flush()
+            self.ends_line = chunk.text.endswith("\n")
+        if chunk.finish_reason:
+            self._end(chunk)
+
+    def _end(self, last: Chunk) -> None:
+        from qwen3vl_mlx.engine.output import collect
+
+        completion = collect(self.chunks)
+        if self.json:
+            print(json.dumps(completion.to_dict(), ensure_ascii=False))
+        elif not self.ends_line:
+            print(flush=True)
+        if not last.reasoning_closed:
+            print(
+                "note: the model was still thinking when its tokens ran out; raise --max-tokens",
+                file=sys.stderr,
+            )
+        if self.verbose and last.usage is not None:
+            print(f"\n{statistics(last.usage)}", file=sys.stderr)
+
+
+def statistics(usage: Usage) -> str:
+    """Three lines for people."""
+    return (
+        f"prompt:     {usage.prompt_tokens} tokens, first token after "
+        f"{usage.time_to_first_token_sec:.2f} s, {usage.avg_prompt_tok_per_sec:.1f} tokens/s\n"
+        f"generation: {usage.completion_tokens} tokens, "
+        f"{usage.avg_compl_tok_per_sec:.1f} tokens/s\n"
+        f"memory:     {usage.peak_memory_bytes / 1e9:.3f} GB at peak"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
