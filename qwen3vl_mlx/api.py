@@ -11,6 +11,7 @@ import json
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -28,6 +29,7 @@ from qwen3vl_mlx.engine.state import CacheState
 from qwen3vl_mlx.errors import CheckpointError, InputError, PromptError
 from qwen3vl_mlx.loading import default_dtype, load_model
 from qwen3vl_mlx.media import ImageSource
+from qwen3vl_mlx.models.config import read_config
 from qwen3vl_mlx.models.qwen3_vl import Model
 from qwen3vl_mlx.processing.processor import MaxPixels, Messages, Processor
 from qwen3vl_mlx.processing.prompt import Prompt
@@ -53,10 +55,13 @@ def load(
     WeightsError or HubError.
     """
     folder = hub.resolve(hub.default_model() if model is None else model, revision)
-    weights = load_model(folder, dtype or default_dtype(), progress=progress)
+    config = read_config(folder)
+    # A tokenizer of 150,000 tokens takes as long to read as a small model's weights.
+    with ThreadPoolExecutor(max_workers=1) as pool:
+        processor = pool.submit(Processor.from_folder, folder, config)
+        weights = load_model(folder, dtype or default_dtype(), config=config, progress=progress)
     wire_memory()
-    processor = Processor.from_folder(folder, weights.config)
-    return Qwen3VL(weights, processor, read_generation_config(folder))
+    return Qwen3VL(weights, processor.result(), read_generation_config(folder))
 
 
 def read_generation_config(folder: Path) -> Mapping[str, Any]:

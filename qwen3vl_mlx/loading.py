@@ -43,14 +43,21 @@ def default_dtype() -> mx.Dtype | None:
     return mx.float32 if mx.default_device() == mx.Device(mx.cpu) else None
 
 
-def load_model(folder: Path, dtype: mx.Dtype | None = None, *, progress: bool = False) -> Model:
+def load_model(
+    folder: Path,
+    dtype: mx.Dtype | None = None,
+    *,
+    config: ModelConfig | None = None,
+    progress: bool = False,
+) -> Model:
     """Read the checkpoint in `folder` into an evaluated `Model`.
 
     dtype: type of all floating-point weights and scales; None keeps the checkpoint's own.
+    config: what config.json says, where it has been read already.
     progress: a bar on stderr, where that is a terminal and the work takes over a second.
     Raises ConfigError or WeightsError naming the key or tensor.
     """
-    config = read_config(folder)
+    config = config or read_config(folder)
     weights = rename_weights(read_tensors(folder), config)
     model = build_model(config, weights)
     check_weights(weights, _shapes(model))

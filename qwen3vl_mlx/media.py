@@ -144,23 +144,13 @@ def _kind_of_text(
         if word == "data":
             return "data"
         return "file" if word == "file" else "other URL"
-    if len(text) <= 4096 and _exists(os.path.expanduser(text)):
+    if len(text) <= 4096 and os.path.exists(os.path.expanduser(text)):
         return "path"
     compact = "".join(text[: HEAD_BYTES * 4 // 3].split())
     head = _decode_base64(compact[: len(compact) // 4 * 4])
     if head is not None and (len(text) > 1024 or format_of(head)):
         return "base64"
     return "path"
-
-
-def _exists(path: str) -> bool:
-    try:
-        os.stat(path)
-    except PermissionError:
-        return True  # so that the message is about the permission
-    except (OSError, ValueError):  # not there, name too long, or a NUL in it
-        return False
-    return True
 
 
 def _read(source: ImageSource, name: str, *, timeout: float, max_bytes: int) -> bytes:
@@ -236,7 +226,7 @@ def _read_file(path: str, name: str) -> bytes:
     except PermissionError as err:
         raise ImageError(f"{name}: permission denied; make it readable for this user") from err
     except OSError as err:
-        if _exists(path):
+        if os.path.exists(path):
             raise ImageError(f"{name} cannot be read ({err.strerror}); try a copy of it") from err
         raise ImageError(f"no such file: {name}; expected {_SOURCES}") from err
     except ValueError as err:  # a NUL or a lone surrogate

@@ -126,7 +126,9 @@ def open_encoded(data: bytes, name: str, max_source_pixels: int) -> PIL.Image.Im
 
 
 def _picture_from_heif(data: bytes, name: str, max_source_pixels: int) -> PIL.Image.Image:
-    """Decode HEIF. libheif turns the pixels as the file says; `to_pillow` sets EXIF to upright."""
+    """Decode HEIF. libheif turns the pixels as the container says, which is what counts in HEIF;
+    `to_pillow` sets the orientation in EXIF, a mere copy, to upright.
+    """
     try:
         import pillow_heif
     except ImportError as err:

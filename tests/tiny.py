@@ -123,8 +123,7 @@ def hub_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
         linear(f"blocks.{i}.mlp.linear_fc2", width, vision["intermediate_size"])
     mergers = {"merger": width}
     mergers |= {
-        f"deepstack_merger_list.{i}": merged
-        for i in range(len(vision["deepstack_visual_indexes"]))
+        f"deepstack_merger_list.{i}": merged for i in range(len(vision["deepstack_visual_indexes"]))
     }
     for name, norm_size in mergers.items():
         norm(f"{name}.norm", norm_size)

@@ -33,8 +33,7 @@ COLORS = MappingProxyType({
 SHAPE_COLORS = tuple(color for color in COLORS if color != "gray")  # gray is a background only
 SHAPES = ("circle", "square", "triangle", "star", "diamond")
 PLACES = (
-    "top left", "top", "top right",
-    "left", "center", "right",
+    "top left", "top", "top right", "left", "center", "right",
     "bottom left", "bottom", "bottom right",
 )  # fmt: skip
 WORDS = ("SUN", "CAT", "DOG", "RED", "BOX", "ONE", "TEN", "YES", "STOP", "OPEN", "EXIT", "SALE")
@@ -192,10 +191,9 @@ def _add_noise(image: Image.Image, noise: Noise, seed: int) -> Image.Image:
 
     normal = NormalDist(128, noise.sigma)
     levels = bytes(min(255, max(0, round(normal.inv_cdf((i + 0.5) / 256)))) for i in range(256))
-    channels = 3 if noise.per_channel else 1
-    rng = Random(f"noise {seed}")
-    values = rng.randbytes(image.width * image.height * channels).translate(levels)
-    grain = Image.frombytes("RGB" if noise.per_channel else "L", image.size, values)
+    mode = "RGB" if noise.per_channel else "L"
+    values = Random(f"noise {seed}").randbytes(image.width * image.height * len(mode))
+    grain = Image.frombytes(mode, image.size, values.translate(levels))
     return ImageChops.add(image, grain.convert("RGB"), offset=-128)
 
 
@@ -210,8 +208,8 @@ def make_scene(seed: int, *, kind: Literal["shapes", "text"] | None = None) -> S
     if kind not in (None, "shapes", "text"):
         raise InputError(f"kind {kind!r} is unknown; use 'shapes', 'text' or None")
     rng = Random(f"scene {seed}")
-    text = rng.random() < 0.25  # drawn whatever `kind` is, so that it alone does not shift the rest
-    text = kind == "text" if kind else text
+    one_in_four = rng.random() < 0.25  # drawn whatever `kind` is, so that the rest stays the same
+    text = kind == "text" if kind else one_in_four
     sides = range(96, 321, 32)
     size = rng.choice([(w, h) for w in sides for h in sides if w * h <= _MAX_AREA])
     background = rng.choice(tuple(COLORS))
@@ -314,11 +312,8 @@ def questions(scene: Scene, *, every: bool = False) -> list[Question]:
 def _text_facts(scene: Scene) -> Iterator[tuple[str, str, str]]:
     assert scene.label
     string, color = scene.label.string, scene.label.color
-    yield (
-        "describe",
-        "",
-        f'{_a(scene.background, "A")} background with the text "{string}" in {color}.',
-    )
+    background = _a(scene.background).capitalize()
+    yield "describe", "", f'{background} background with the text "{string}" in {color}.'
     yield "read", "", string
     yield "textcolor", "", color
     yield "bg", "", scene.background
@@ -329,7 +324,7 @@ def _shape_facts(scene: Scene) -> Iterator[tuple[str, str, str]]:
     shapes = scene.shapes
     listed = [f"{_a(s.name)} at the {s.position}" for s in shapes]
     listing = " and ".join(filter(None, (", ".join(listed[:-1]), listed[-1])))
-    yield "describe", "", f"{_a(scene.background, 'A')} background with {listing}."
+    yield "describe", "", f"{_a(scene.background).capitalize()} background with {listing}."
     yield "count", "", str(len(shapes))
     for kind in SHAPES:
         alike = [s for s in shapes if s.shape == kind]
@@ -352,8 +347,8 @@ def _shape_facts(scene: Scene) -> Iterator[tuple[str, str, str]]:
             yield "exist", _a(f"{color} {kind}"), "Yes" if f"{color} {kind}" in names else "No"
 
 
-def _a(name: str, article: str = "a") -> str:
-    return f"{article}{'n' if name.startswith('o') else ''} {name}"
+def _a(name: str) -> str:
+    return f"an {name}" if name.startswith("o") else f"a {name}"
 
 
 def _boxes(shapes: Sequence[Shape], size: tuple[int, int]) -> str:
