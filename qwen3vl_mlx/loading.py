@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +38,7 @@ _PREFIXES = (  # checkpoint prefix, module prefix; the first match renames
 )
 _EXPERTS = re.compile(r"^(?P<mlp>.*\.mlp)\.experts\.(?P<kind>gate_up_proj|down_proj)(\.weight)?$")
 _READ_BYTES = 64 * 2**20  # tensors are evaluated in groups of about this size
+_BAR_BYTES = 512 * 2**20  # less is read within a second
 
 
 def default_dtype() -> mx.Dtype | None:
@@ -250,19 +253,22 @@ def _cast(tensor: mx.array, dtype: mx.Dtype | None) -> mx.array:
     return tensor.astype(dtype)
 
 
-def _bar(total: int, wanted: bool) -> Any:
+class _NoBar:
+    def update(self, size: int) -> None:
+        """Nothing to show."""
+
+
+@contextmanager
+def _bar(total: int, wanted: bool) -> Iterator[Any]:
+    if not wanted or total < _BAR_BYTES or not sys.stderr.isatty():
+        yield _NoBar()
+        return
     from tqdm import tqdm
 
-    # disable=None hides it where stderr is no terminal.
-    return tqdm(
-        total=total,
-        desc="Loading",
-        unit="B",
-        unit_scale=True,
-        delay=1.0,
-        leave=False,
-        disable=None if wanted else True,
-    )
+    with tqdm(
+        total=total, desc="Loading", unit="B", unit_scale=True, delay=1.0, leave=False
+    ) as bar:
+        yield bar
 
 
 def _groups(weights: Mapping[str, mx.array], limit: int) -> Iterator[Iterable[str]]:

@@ -144,7 +144,7 @@ def _kind_of_text(
         if word == "data":
             return "data"
         return "file" if word == "file" else "other URL"
-    if len(text) <= 4096 and os.path.exists(os.path.expanduser(text)):
+    if os.path.exists(os.path.expanduser(text)):
         return "path"
     compact = "".join(text[: HEAD_BYTES * 4 // 3].split())
     head = _decode_base64(compact[: len(compact) // 4 * 4])

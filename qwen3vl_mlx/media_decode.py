@@ -78,7 +78,7 @@ def format_of(head: bytes) -> str | None:
     if head[4:8] != b"ftyp":
         return None
     box = head[8 : int.from_bytes(head[:4], "big")]
-    brands = {box[i : i + 4] for i in range(0, len(box), 4) if i != 4}  # at 4: a version number
+    brands = {box[i : i + 4] for i in range(0, len(box), 4)}
     if brands & {b"avif", b"avis"}:
         return "AVIF"
     return "HEIF" if brands & _HEIF_BRANDS else None

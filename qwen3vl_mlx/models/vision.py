@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import groupby
 
 import mlx.core as mx
@@ -111,11 +112,15 @@ def normalize_patches(
     patches: mx.array, mean: Sequence[float], std: Sequence[float], dtype: mx.Dtype
 ) -> mx.array:
     """uint8 patches (N, ... * channels), channels last, to (x / 255 - mean) / std in `dtype`."""
-    count, width = patches.shape
-    low = mx.array([255 * m for m in mean], mx.float32)
-    scale = mx.array([255 * s for s in std], mx.float32)
-    pixels = patches.reshape(count, width // len(mean), len(mean)).astype(mx.float32)
-    return ((pixels - low) / scale).reshape(count, width).astype(dtype)
+    repeats = patches.shape[1] // len(mean)
+    low = mx.array([255 * m for m in mean] * repeats, mx.float32)
+    scale = mx.array([255 * s for s in std] * repeats, mx.float32)
+    return _normalize(patches, low, scale).astype(dtype)
+
+
+@partial(mx.compile, shapeless=True)
+def _normalize(patches: mx.array, low: mx.array, scale: mx.array) -> mx.array:
+    return (patches.astype(mx.float32) - low) / scale
 
 
 class PatchEmbed(nn.Module):

@@ -1,0 +1,34 @@
+"""Shared fixtures: tiny random checkpoints by variant, loaded once, and the demo checkpoint."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("MLX_ENABLE_TF32", "0")  # before MLX starts: newer GPUs round float32 else
+
+import tiny
+
+from qwen3vl_mlx.api import Qwen3VL, load
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """`tiny_folder(variant)`: a checkpoint in the Hub's layout. Read it, do not change it."""
+    root = tmp_path_factory.mktemp("tiny")
+    return cache(lambda variant: tiny.write_tiny(root / variant, variant))
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tiny_folder: Callable[[str], Path]) -> Callable[[str], Qwen3VL]:
+    """`tiny_model(variant)`: the same, loaded."""
+    return cache(lambda variant: load(tiny_folder(variant)))
+
+
+@pytest.fixture(scope="session")
+def demo() -> Qwen3VL:
+    return load("demo")
