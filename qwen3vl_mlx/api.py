@@ -201,6 +201,7 @@ class Qwen3VL:
         self, prompt: Prompt, params: SamplingParams, *, tools: bool, started: float
     ) -> Request:
         """What the engine runs. Raises PromptError for a prompt that fills the context."""
+        params.check_vocabulary(self.model.config.text.vocab_size)
         length = len(prompt.token_ids)
         room = self.context_length - length
         if room < 1:

@@ -8,6 +8,7 @@ model plus one tensor.
 from __future__ import annotations
 
 import json
+import os
 import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping
@@ -105,9 +106,8 @@ def weight_files(folder: Path) -> list[Path]:
     index = folder / "model.safetensors.index.json"
     if index.exists():
         try:
-            names = sorted(
-                set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-            )
+            weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            names = sorted({os.fspath(name) for name in weight_map.values()})
         except (ValueError, KeyError, AttributeError, TypeError) as error:
             raise WeightsError(f"{index} is not a safetensors index: {error!r}") from error
         if missing := [name for name in names if not (folder / name).exists()]:
@@ -236,9 +236,19 @@ def check_weights(weights: Mapping[str, mx.array], expected: Mapping[str, tuple[
         for name, shape in expected.items()
         if name in weights and weights[name].shape != shape
     ]
+    problems += [
+        f"{name} has type {tensor.dtype}, expected floating point"
+        for name, tensor in weights.items()
+        if not mx.issubdtype(tensor.dtype, mx.floating) and not _is_packed(name, weights)
+    ]
     if problems:
         more = f" (and {len(problems) - 5} more)" if len(problems) > 5 else ""
         raise WeightsError(f"weights do not fit config.json: {'; '.join(problems[:5])}{more}")
+
+
+def _is_packed(name: str, weights: Mapping[str, mx.array]) -> bool:
+    """Whether a quantized tensor's integers are expected here."""
+    return name.endswith(".scales") or name.removesuffix("weight") + "scales" in weights
 
 
 def _shapes(model: Model) -> dict[str, tuple[int, ...]]:

@@ -1,9 +1,9 @@
-"""Ask transformers about drawn scenes and keep its answers: tests/data/demo_scenes_transformers.json.
+"""Ask transformers about drawn scenes and keep its answers, for tests without torch.
 
-Needs torch and transformers (extra `dev`). Run `python tests/make_demo_answers.py` from the
-repository's root after a change of the scenes or of the bundled checkpoint; it takes a minute.
-The answers are greedy, in float32. Each question is put without a system message, as
-`apply_chat_template` renders one user message of one image and a text.
+Writes tests/data/demo_scenes_transformers.json. Needs torch and transformers (extra `dev`). Run
+`python tests/make_demo_answers.py` from the repository's root after a change of the scenes or of
+the bundled checkpoint; it takes a minute. The answers are greedy, in float32. Each question is one
+user message of one picture, then the text; there is no system message.
 """
 
 from __future__ import annotations

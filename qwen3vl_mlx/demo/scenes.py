@@ -211,7 +211,8 @@ def make_scene(seed: int, *, kind: Literal["shapes", "text"] | None = None) -> S
     one_in_four = rng.random() < 0.25  # drawn whatever `kind` is, so that the rest stays the same
     text = kind == "text" if kind else one_in_four
     sides = range(96, 321, 32)
-    size = rng.choice([(w, h) for w in sides for h in sides if w * h <= _MAX_AREA])
+    sizes = [(w, h) for w in sides for h in sides if w * h <= _MAX_AREA]
+    size = rng.choices(sizes, [1 / (w * h) for w, h in sizes])[0]  # small ones more often
     background = rng.choice(tuple(COLORS))
     scale = rng.choice((1, 1, 1, 2, 2))
     noise = Noise(rng.uniform(2, 7), rng.random() < 0.5) if rng.random() < 1 / 7 else None
@@ -273,7 +274,7 @@ def _make_label(size: tuple[int, int], background: str, scale: int, rng: Random)
     while True:  # 30 px and one digit fit the smallest picture, so this ends
         digits = "".join(rng.choice("0123456789") for _ in range(rng.randint(1, 4)))
         string = rng.choice(WORDS) if rng.random() < 0.25 else digits
-        font_size = rng.randint(30, 44)
+        font_size = int(rng.triangular(30, 45, 44))  # large ones more often
         left, top, right, bottom = _font(font_size * scale).getbbox(string)
         width, height = math.ceil(right - left), math.ceil(bottom - top)  # in drawn pixels
         if width <= size[0] * scale and height <= size[1] * scale:

@@ -142,9 +142,9 @@ class Scanner:
         """
         text = self.held + text
         self.held = ""
-        found = [(at, -len(lit), lit) for lit in self.literals if (at := text.find(lit)) >= 0]
+        found = [(at + len(lit), at, lit) for lit in self.literals if (at := text.find(lit)) >= 0]
         if found:
-            at, _, literal = min(found)  # the earliest; the longest of several
+            _, at, literal = min(found)  # the first complete one, however the text was cut
             return text[:at], literal, text[at + len(literal) :]
         keep = max((_overlap(text, literal) for literal in self.literals), default=0)
         self.held = text[len(text) - keep :]
@@ -190,7 +190,7 @@ class OutputParser:
                 self.newlines, self.strip_next = "", True
                 self._enter("content")
             elif marker == TOOL_START:
-                self.newlines, self.call_text = "", ""
+                self.call_text = ""
                 self._enter("tool")
             elif marker == TOOL_END:
                 chunks.append(self._close_call())
@@ -201,7 +201,7 @@ class OutputParser:
         """What remains at the end of the answer. An unfinished tool call comes out as text."""
         chunks = self._emit(self.scanner.flush())
         if self.state == "tool":
-            chunks.append(Chunk(text=TOOL_START + self.call_text))
+            chunks.append(Chunk(text=self.newlines + TOOL_START + self.call_text))
         elif self.newlines and not (self.calls and self.state == "content"):
             chunks.append(self._chunk(self.newlines))
         self.newlines = ""
@@ -233,10 +233,11 @@ class OutputParser:
         return Chunk(reasoning=text) if self.state == "reasoning" else Chunk(text=text)
 
     def _close_call(self) -> Chunk:
-        self.strip_next = True
         call = parse_tool_call(self.call_text)
+        newlines, self.newlines = self.newlines, ""
+        self.strip_next = call is not None
         if call is None:  # not what was agreed: show it rather than lose it
-            return Chunk(text=TOOL_START + self.call_text + TOOL_END)
+            return Chunk(text=newlines + TOOL_START + self.call_text + TOOL_END)
         self.calls += 1
         return Chunk(tool_calls=(call,))
 

@@ -57,15 +57,22 @@ class SamplingParams:
             value = getattr(self, name)
             if value is None and name in ("max_tokens", "seed"):
                 continue
-            valid = isinstance(value, (int, float)) and not isinstance(value, bool)
-            valid = valid and (name not in _WHOLE or value == int(value))
+            kinds = int if name in _WHOLE else (int, float)
+            valid = isinstance(value, kinds) and not isinstance(value, bool) and value < math.inf
             if not (valid and least <= value <= most and not (open_end and value == least)):
                 kind = "a whole number" if name in _WHOLE else "a number"
                 above = "above" if open_end else "of at least"
                 below = "" if most == math.inf else f" and at most {most:g}"
                 raise InputError(f"{name} must be {kind} {above} {least:g}{below}, got {value!r}")
-        if not all(isinstance(text, str) and text for text in self.stop):
+        if isinstance(self.stop, str) or not all(isinstance(s, str) and s for s in self.stop):
             raise InputError(f"stop must be strings that are not empty, got {self.stop!r}")
+        if not _maps_ids(self.logit_bias):
+            raise InputError(f"logit_bias must map token ids to numbers, got {self.logit_bias!r}")
+
+    def check_vocabulary(self, size: int) -> None:
+        """Raise InputError for a biased token that a model of `size` tokens does not have."""
+        if outside := [token for token in self.logit_bias if not 0 <= token < size]:
+            raise InputError(f"logit_bias: token {outside[0]} is not in the vocabulary of {size}")
 
     def updated(self, changes: Mapping[str, Any]) -> SamplingParams:
         """With the changes that are not None. Raises InputError for an unknown name."""
@@ -77,7 +84,7 @@ class SamplingParams:
         given = {name: value for name, value in changes.items() if value is not None}
         if "stop" in given:
             stop = given["stop"]
-            given["stop"] = (stop,) if isinstance(stop, str) else tuple(stop)
+            given["stop"] = tuple(stop) if isinstance(stop, (list, tuple)) else (stop,)
         return replace(self, **given)
 
 
@@ -108,10 +115,7 @@ class Sampler:
             self.seen[mx.array(prompt_ids)] = True
         self.bias: mx.array | None = None
         if params.logit_bias:
-            if outside := [i for i in params.logit_bias if not 0 <= i < vocab_size]:
-                raise InputError(
-                    f"logit_bias: token {outside[0]} is not in the vocabulary of {vocab_size}"
-                )
+            params.check_vocabulary(vocab_size)
             self.bias = mx.zeros((vocab_size,))
             self.bias[mx.array(list(params.logit_bias))] = mx.array(
                 list(params.logit_bias.values()), mx.float32
@@ -156,6 +160,14 @@ class Sampler:
         self.key, now = mx.random.split(self.key)
         choice = mx.random.categorical(logits, key=now)
         return choice if survivors is None else survivors[choice]
+
+
+def _maps_ids(bias: object) -> bool:
+    """Whether a logit bias is one; -inf forbids a token, and NaN is no number."""
+    return isinstance(bias, Mapping) and all(
+        type(token) is int and isinstance(value, (int, float)) and value < math.inf
+        for token, value in bias.items()
+    )
 
 
 def _counts_output(params: SamplingParams) -> bool:

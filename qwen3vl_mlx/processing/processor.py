@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, TypeVar
 
 import numpy as np
 
@@ -31,6 +32,11 @@ MaxPixels: TypeAlias = "int | Literal['full'] | None"
 
 # 2,560 visual tokens. The models take 16,384, which a desktop pays for in minutes and gigabytes.
 DESKTOP_MAX_PIXELS = 2560 * 32 * 32
+
+_DECODERS = 4  # pictures in decoding at once; each holds its full size in memory
+
+Source = TypeVar("Source")
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -92,7 +98,7 @@ class Processor:
             add_vision_id=add_vision_id,
         )
         budget = self.image_budget(min_pixels, max_pixels)
-        media = [self.visual_input(source, budget) for source in media_sources(messages)]
+        media = self._visual_inputs(messages, budget)
         stamps = [medium.timestamps for medium in media if medium.kind == "video"]
         pieces = self._expand_videos(rendered.pieces, stamps)
         ids = [token for piece in pieces for token in self.tokenizer.encode(piece)]
@@ -105,13 +111,17 @@ class Processor:
         if isinstance(source, VisualInput):
             return source
         if isinstance(source, Video):
-            frames = [load_image(frame) for frame in source.frames]
+            frames = _in_threads(load_image, source.frames)
             return video_input(frames, source.fps, self.settings, self.settings.video)
         return image_input(load_image(source), self.settings, budget)
 
+    def _visual_inputs(self, messages: Messages, budget: PixelBudget) -> list[VisualInput]:
+        sources = list(media_sources(messages))
+        return _in_threads(lambda source: self.visual_input(source, budget), sources)
+
     def read(self, messages: Messages, budget: PixelBudget) -> list[dict[str, Any]]:
         """Copies of messages whose media are cut, so that later prompts need not do it again."""
-        media = (self.visual_input(source, budget) for source in media_sources(messages))
+        media = iter(self._visual_inputs(messages, budget))
         copies: list[dict[str, Any]] = []
         for message in messages:
             content = message.get("content")
@@ -177,6 +187,14 @@ class Processor:
                     raise PromptError("the prompt has more video placeholders than videos given")
                 before += "".join(f"<{time:.1f} seconds>{start}{pad}{end}" for time in times) + text
             yield before
+
+
+def _in_threads(work: Callable[[Source], Result], items: Sequence[Source]) -> list[Result]:
+    """`work` on every item, in order; Pillow decodes and resizes without Python's lock."""
+    if len(items) < 2:
+        return [work(item) for item in items]
+    with ThreadPoolExecutor(max_workers=_DECODERS) as pool:
+        return list(pool.map(work, items))
 
 
 def media_sources(messages: Messages) -> Iterator[ImageSource | Video | VisualInput]:
