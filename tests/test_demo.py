@@ -1,4 +1,4 @@
-"""The bundled checkpoint through this package: what transformers answers, and as well as its card."""
+"""The bundled checkpoint through this package: answers as transformers gives, as well as its card."""
 
 from __future__ import annotations
 

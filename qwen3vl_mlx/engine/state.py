@@ -40,8 +40,8 @@ class CacheState:
 
     @property
     def length(self) -> int:
-        """Tokens whose keys and values are held; at least `len(token_ids)` after an abort."""
-        return int(self.layers[0].offset)
+        """Tokens whose keys and values all layers hold; after an abort some may hold more."""
+        return min(int(layer.offset) for layer in self.layers)
 
     def arrays(self) -> list[mx.array]:
         return [x for layer in self.layers for x in layer.state if isinstance(x, mx.array)]
@@ -59,10 +59,14 @@ class CacheState:
             start, stop = spans[0].start, spans[-1].stop
             if start < keep and (held.get(start) != medium.identity or stop > keep):
                 keep = start
-        trim_prompt_cache(self.layers, self.length - keep)
+        self._trim(keep)
         self.token_ids = self.token_ids[:keep]
         self.media = tuple(item for item in self.media if item[0] < keep)
         return keep
+
+    def _trim(self, length: int) -> None:
+        for layer in self.layers:  # one by one: an abort may fall between two layers
+            trim_prompt_cache([layer], int(layer.offset) - length)
 
     def extend(self, prompt: Prompt) -> None:
         """Note that all of `prompt` is now held."""
@@ -75,7 +79,7 @@ class CacheState:
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write to a .safetensors file, whole or not at all."""
         path = _checked(path)
-        trim_prompt_cache(self.layers, self.length - len(self.token_ids))
+        self._trim(len(self.token_ids))
         note = {"token_ids": self.token_ids, "media": self.media}
         metadata = {"format": _FORMAT, "state": json.dumps(note)}
         with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}-") as folder:
@@ -92,7 +96,7 @@ class CacheState:
             if metadata["format"] != _FORMAT:
                 raise KeyError(metadata["format"])
             note = json.loads(metadata["state"])
-        except (RuntimeError, ValueError, KeyError, TypeError) as error:
+        except (RuntimeError, LookupError, ValueError, TypeError, AttributeError) as error:
             raise InputError(f"{path} is not a conversation cache of this version") from error
         state = cls(layers, note["token_ids"], tuple((at, key) for at, key in note["media"]))
         mx.eval(state.arrays())

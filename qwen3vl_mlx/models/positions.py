@@ -75,9 +75,7 @@ def rope_index(
         position_ids[0, span.start : span.stop] = base
         position_ids[1, span.start : span.stop] = base + np.repeat(np.arange(span.rows), span.cols)
         position_ids[2, span.start : span.stop] = base + np.tile(np.arange(span.cols), span.rows)
-    # HF takes the largest position, which differs from `starts` where a prompt ends in a span.
-    following = int(position_ids.max()) + 1 if len(token_ids) else 0
-    return RopeIndex(position_ids.astype(np.int32), following - len(token_ids), spans)
+    return RopeIndex(position_ids.astype(np.int32), int(starts[-1]) - len(token_ids), spans)
 
 
 def find_spans(

@@ -37,11 +37,11 @@ class PixelBudget:
     def limited(self, min_pixels: int | None, max_pixels: int | None) -> PixelBudget:
         """With a request's own limits. Raises InputError for impossible ones."""
         for name, value in (("min_pixels", min_pixels), ("max_pixels", max_pixels)):
-            if value is not None and (isinstance(value, bool) or value != int(value) or value < 1):
-                raise InputError(f"{name} must be a positive whole number of pixels, got {value}")
-        most = self.max_pixels if max_pixels is None else int(max_pixels)
-        # A request that lowers only the ceiling means to get a smaller image.
-        least = min(self.min_pixels, most) if min_pixels is None else int(min_pixels)
+            if value is not None and (type(value) is not int or value < 1):
+                raise InputError(f"{name} must be a positive whole number of pixels, got {value!r}")
+        # A request that raises only the floor means to get a larger image, and the reverse.
+        most = max(self.max_pixels, min_pixels or 0) if max_pixels is None else max_pixels
+        least = min(self.min_pixels, most) if min_pixels is None else min_pixels
         if least > most:
             raise InputError(f"min_pixels ({least}) is more than max_pixels ({most})")
         return PixelBudget(least, most)
@@ -281,6 +281,6 @@ def timestamps(num_frames: int, fps: float, temporal_patch_size: int) -> tuple[f
     """
     indices = list(range(num_frames)) + [num_frames - 1] * (-num_frames % temporal_patch_size)
     return tuple(
-        (indices[i] + indices[i + temporal_patch_size - 1]) / fps / 2
+        (indices[i] / fps + indices[i + temporal_patch_size - 1] / fps) / 2
         for i in range(0, len(indices), temporal_patch_size)
     )

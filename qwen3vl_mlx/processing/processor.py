@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, TypeVar
 
@@ -68,12 +68,11 @@ class Processor:
 
         max_pixels None is the desktop default, "full" the checkpoint's own limit.
         """
-        most = self.settings.image.max_pixels
-        if max_pixels is None:
-            max_pixels = min(most, DESKTOP_MAX_PIXELS)
-        elif max_pixels == "full":
-            max_pixels = most
-        return self.settings.image.limited(min_pixels, max_pixels)
+        budget = self.settings.image
+        if max_pixels == "full":
+            return budget.limited(min_pixels, budget.max_pixels)
+        desktop = replace(budget, max_pixels=min(budget.max_pixels, DESKTOP_MAX_PIXELS))
+        return desktop.limited(min_pixels, max_pixels)
 
     def prompt(
         self,
