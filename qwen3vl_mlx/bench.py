@@ -214,8 +214,9 @@ def _spread(values: Sequence[float]) -> dict[str, float]:
 def table(report: Mapping[str, Any]) -> str:
     """The report for people: a line per measurement, a column per side."""
     lines = [
-        f"{report['model']} on {report['device']}: picture of {report['pixels']:,} pixels, prompt of "
-        f"{report['prompt_tokens']} tokens, answer of {report['max_tokens']}, {report['runs']} runs",
+        f"{report['model']} on {report['device']}: picture of {report['pixels']:,} pixels, prompt "
+        f"of {report['prompt_tokens']} tokens, answer of {report['max_tokens']}, "
+        f"{report['runs']} runs",
         "",
         f"{'':<14}" + "".join(f"{f'{name} (least - most)':>38}" for name in report["sides"]),
     ]

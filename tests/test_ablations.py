@@ -23,7 +23,7 @@ from qwen3vl_mlx.api import Qwen3VL, load
 from qwen3vl_mlx.errors import ConfigError, WeightsError
 from qwen3vl_mlx.models import text, vision
 from qwen3vl_mlx.models.qwen3_vl import Model
-from qwen3vl_mlx.models.rope import MRope
+from qwen3vl_mlx.models.rope import MRope, Rotation
 from qwen3vl_mlx.models.vision import VisionFeatures, VisionTables
 from qwen3vl_mlx.processing import image
 from qwen3vl_mlx.processing.prompt import Prompt
@@ -193,7 +193,13 @@ def yarn_ignored(patch: Patch, model: Qwen3VL) -> None:
 def yarn_ignored_in_decode(patch: Patch, model: Qwen3VL) -> None:
     config = model.model.config.text
     plain = MRope(replace(config.rope, yarn=None), config.head_dim)
-    _change_rope(patch, model, plain, "wavelengths")
+    rope = model.model.language_model.model.rope
+    right = rope.rotation
+
+    def rotation(positions: mx.array, length: int) -> Rotation:
+        return (plain.rotation if positions.ndim == 1 else right)(positions, length)
+
+    patch.setattr(rope, "rotation", rotation)
 
 
 def yarn_without_its_scaling(patch: Patch, model: Qwen3VL) -> None:

@@ -7,10 +7,13 @@ from __future__ import annotations
 
 import math
 from functools import partial
+from typing import TypeAlias
 
 import mlx.core as mx
 
 from qwen3vl_mlx.models.config import RopeConfig, YarnConfig
+
+Rotation: TypeAlias = "tuple[mx.array, mx.array] | mx.array"  # cos and sin, or one offset per row
 
 
 def inverse_frequencies(theta: float, dim: int) -> mx.array:
@@ -60,15 +63,38 @@ class MRope:
         self.axes = mx.array(mrope_axes(config.mrope_section, head_dim // 2))
         self.wavelengths = 1.0 / self.inv_freq  # what mx.fast.rope calls freqs
         mx.eval(self.inv_freq, self.axes, self.wavelengths)
+        # Off the GPU mx.fast.rope is a dozen small operations for each q and k of each layer.
+        self.fused = mx.default_device() != mx.Device(mx.cpu)
+
+    def rotation(self, positions: mx.array, length: int) -> Rotation:
+        """What a pass of `length` tokens turns its queries and keys by, made once for all layers.
+
+        positions: (3, B, L) three-axis position ids, or (B,) the position of each row's first
+        token where all axes count together.
+        """
+        if positions.ndim == 3:
+            return self.table(positions)
+        if self.fused:
+            return positions
+        counted = positions[:, None] + mx.arange(length)  # (B, L)
+        return self._cos_sin(counted[..., None].astype(mx.float32) * self.inv_freq)
 
     def table(self, position_ids: mx.array) -> tuple[mx.array, mx.array]:
         """cos and sin of `position_ids` (3, B, L): each (B, 1, L, head_dim // 2), float32."""
         chosen = mx.take(mx.moveaxis(position_ids, 0, -1), self.axes, axis=-1)  # (B, L, half)
-        angles = chosen.astype(mx.float32) * self.inv_freq
+        return self._cos_sin(chosen.astype(mx.float32) * self.inv_freq)
+
+    def _cos_sin(self, angles: mx.array) -> tuple[mx.array, mx.array]:
         cos, sin = mx.cos(angles), mx.sin(angles)
         if self.attention_scaling != 1.0:
             cos, sin = cos * self.attention_scaling, sin * self.attention_scaling
         return cos[:, None], sin[:, None]
+
+    def __call__(self, x: mx.array, rotation: Rotation) -> mx.array:
+        """Rotate x (B, heads, L, head_dim) by what `rotation` gave for this pass."""
+        if isinstance(rotation, tuple):
+            return rotate(x, *rotation)
+        return self.shift(x, rotation)
 
     def shift(self, x: mx.array, offset: mx.array) -> mx.array:
         """Rotate x (B, heads, L, head_dim) whose rows start at `offset` (B,), all axes equal."""

@@ -7,7 +7,7 @@ Modules hold weights only: positions, caches and visual features are arguments. 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeAlias
+from typing import Any, Protocol
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -16,10 +16,8 @@ from qwen3vl_mlx._mlx_lm.models.activations import swiglu
 from qwen3vl_mlx._mlx_lm.models.base import create_attention_mask, scaled_dot_product_attention
 from qwen3vl_mlx._mlx_lm.models.switch_layers import SwitchGLU
 from qwen3vl_mlx.models.config import ModelConfig, TextConfig
-from qwen3vl_mlx.models.rope import MRope, rotate
+from qwen3vl_mlx.models.rope import MRope, Rotation
 from qwen3vl_mlx.models.vision import VisionFeatures
-
-Rotation: TypeAlias = "tuple[mx.array, mx.array] | mx.array"  # cos and sin, or one offset per row
 
 
 class KVCache(Protocol):
@@ -76,10 +74,7 @@ class Attention(nn.Module):
         q = self.q_norm(self.q_proj(x).reshape(B, L, self.num_heads, -1)).swapaxes(1, 2)
         k = self.k_norm(self.k_proj(x).reshape(B, L, self.num_kv_heads, -1)).swapaxes(1, 2)
         v = self.v_proj(x).reshape(B, L, self.num_kv_heads, -1).swapaxes(1, 2)
-        if isinstance(rotation, tuple):
-            q, k = rotate(q, *rotation), rotate(k, *rotation)
-        else:
-            q, k = self.rope.shift(q, rotation), self.rope.shift(k, rotation)
+        q, k = self.rope(q, rotation), self.rope(k, rotation)
         if cache is not None:
             k, v = cache.update_and_fetch(k, v)
         out = scaled_dot_product_attention(q, k, v, cache=cache, scale=self.scale, mask=mask)
@@ -157,7 +152,7 @@ class TextModel(nn.Module):
         x = self.embed_tokens(token_ids)
         if visual is not None:
             x = set_rows(x, visual.rows, visual.features.embeds)
-        rotation = self.rope.table(positions) if positions.ndim == 3 else positions
+        rotation = self.rope.rotation(positions, token_ids.shape[1])
         mask = create_attention_mask(x, cache[0] if cache else None)
         for index, layer in enumerate(self.layers):
             x = layer(x, rotation, mask, cache[index] if cache else None)
