@@ -49,13 +49,13 @@ def resolve(model: str | os.PathLike[str], revision: str | None = None) -> Path:
 def cached_snapshot(repo_id: str, revision: str | None = None) -> Path | None:
     """The local copy of a repository if it is complete, else None. Never uses the network."""
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import LocalEntryNotFoundError
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
     try:
         found = snapshot_download(
             repo_id, revision=revision, allow_patterns=_PATTERNS, local_files_only=True
         )
-    except LocalEntryNotFoundError:
+    except (LocalEntryNotFoundError, HFValidationError):  # download() says what is wrong
         return None
     folder = Path(found)
     return folder if is_complete(folder) else None
@@ -69,8 +69,9 @@ def is_complete(folder: Path) -> bool:
     if not index.exists():
         return (folder / "model.safetensors").exists()
     try:
-        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-    except (ValueError, KeyError, AttributeError):
+        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        names = {os.fspath(name) for name in weight_map.values()}
+    except (ValueError, KeyError, AttributeError, TypeError):
         return False
     return all((folder / name).exists() for name in names)
 
@@ -82,13 +83,14 @@ def download(repo_id: str, revision: str | None = None) -> Path:
         GatedRepoError,
         HfHubHTTPError,
         HFValidationError,
+        HTTPError,
         LocalEntryNotFoundError,
         RepositoryNotFoundError,
         RevisionNotFoundError,
     )
 
     try:
-        return Path(snapshot_download(repo_id, revision=revision, allow_patterns=_PATTERNS))
+        folder = Path(snapshot_download(repo_id, revision=revision, allow_patterns=_PATTERNS))
     except GatedRepoError as error:
         raise HubError(
             f"{repo_id} is gated: accept its terms on huggingface.co, then run `hf auth login`"
@@ -105,6 +107,17 @@ def download(repo_id: str, revision: str | None = None) -> Path:
             f"{repo_id} is not on this machine and the Hub cannot be reached "
             f"({_first_line(error)}); connect and try again, or {_OFFLINE_HINT}"
         ) from error
+    except (HTTPError, OSError) as error:
+        raise HubError(
+            f"{repo_id} could not be downloaded ({_first_line(error)}); what has arrived is kept: "
+            f"try again, or {_OFFLINE_HINT}"
+        ) from error
+    if not is_complete(folder):
+        raise HubError(
+            f"{repo_id} is on this machine in part only, or is not a Qwen3-VL checkpoint in "
+            f"safetensors ({folder}); connect and try again, or {_OFFLINE_HINT}"
+        )
+    return folder
 
 
 def _first_line(error: BaseException) -> str:

@@ -12,8 +12,11 @@ import pytest
 os.environ.setdefault("MLX_ENABLE_TF32", "0")  # before MLX starts: newer GPUs round float32 else
 
 import tiny
+from asking import SCENES
+from PIL.Image import Image
 
 from qwen3vl_mlx.api import Qwen3VL, load
+from qwen3vl_mlx.media import load_image
 
 
 @pytest.fixture(scope="session")
@@ -32,3 +35,15 @@ def tiny_model(tiny_folder: Callable[[str], Path]) -> Callable[[str], Qwen3VL]:
 @pytest.fixture(scope="session")
 def demo() -> Qwen3VL:
     return load("demo")
+
+
+@pytest.fixture(scope="session")
+def scene() -> Image:
+    """What `asking.TRUTH` describes."""
+    return load_image(SCENES / "scene18.png")
+
+
+@pytest.fixture(scope="session")
+def other_scene() -> Image:
+    """What `asking.OTHER_TRUTH` describes."""
+    return load_image(SCENES / "scene22.png")

@@ -297,7 +297,7 @@ def _rope(section: _Section, head_dim: int) -> RopeConfig:
     rope = section.section(found[0])
     if len(found) == 2:
         other = section.section(found[1])
-        for key in ("mrope_section", "factor"):
+        for key in ("rope_type", "mrope_section", "factor"):
             if rope.has(key) and other.has(key) and rope.values[key] != other.values[key]:
                 raise rope.error(key, f"contradicts {other.name(key)}")
     thetas = {s.name("rope_theta"): s for s in (rope, section) if s.has("rope_theta")}

@@ -1,0 +1,41 @@
+"""Questions to the bundled checkpoint with known answers, and a model that is told what to say."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import pytest
+from PIL.Image import Image
+
+from qwen3vl_mlx.api import Qwen3VL
+from qwen3vl_mlx.engine import answer as engine_answer
+
+SCENES = Path(__file__).parent / "data" / "demo"
+QUESTION = "Describe the image."
+TRUTH = "A blue background with a purple star at the bottom."
+OTHER_TRUTH = "A green background with an orange triangle at the right."
+
+
+def user(text: str) -> list[dict[str, Any]]:
+    return [{"role": "user", "content": text}]
+
+
+def about(image: Image, text: str = QUESTION) -> list[dict[str, Any]]:
+    parts = [{"type": "image", "image": image}, {"type": "text", "text": text}]
+    return [{"role": "user", "content": parts}]
+
+
+def script(monkeypatch: pytest.MonkeyPatch, model: Qwen3VL, text: str) -> None:
+    """Make the model say `text`: the tokens are forced, all else runs as ever."""
+    tokens = model.processor.tokenizer.encode(text + "<|im_end|>")
+
+    class Scripted:
+        def __init__(self, *_: Any) -> None:
+            self.waiting = iter([*tokens, tokens[-1]])
+
+        def __call__(self, logits: mx.array) -> mx.array:
+            return mx.array([next(self.waiting)])
+
+    monkeypatch.setattr(engine_answer, "Sampler", Scripted)
