@@ -91,6 +91,8 @@ class CacheState:
     def load(cls, path: str | os.PathLike[str]) -> CacheState:
         """Read what `save` wrote. Raises InputError for anything else."""
         path = _checked(path)
+        if not path.is_file():
+            raise InputError(f"no conversation cache {path}")
         try:
             layers, metadata = load_prompt_cache(str(path), return_metadata=True)
             if metadata["format"] != _FORMAT:
