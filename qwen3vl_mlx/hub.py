@@ -83,7 +83,7 @@ def download(repo_id: str, revision: str | None = None) -> Path:
         GatedRepoError,
         HfHubHTTPError,
         HFValidationError,
-        HTTPError,
+        HTTPError,  # type: ignore[attr-defined]  # the HTTP client's own, whichever it is
         LocalEntryNotFoundError,
         RepositoryNotFoundError,
         RevisionNotFoundError,
