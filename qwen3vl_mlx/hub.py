@@ -80,12 +80,11 @@ def download(repo_id: str, revision: str | None = None) -> Path:
     """Fetch a repository's configs, tokenizer and weights. Raises HubError saying what to do."""
     from huggingface_hub import snapshot_download
 
-    # The HTTP client's own base error: which client it is differs between versions.
     from huggingface_hub.errors import (
         GatedRepoError,
         HfHubHTTPError,
         HFValidationError,
-        HTTPError,  # type: ignore[attr-defined]
+        HTTPError,
         LocalEntryNotFoundError,
         RepositoryNotFoundError,
         RevisionNotFoundError,
