@@ -79,7 +79,6 @@ def is_complete(folder: Path) -> bool:
 def download(repo_id: str, revision: str | None = None) -> Path:
     """Fetch a repository's configs, tokenizer and weights. Raises HubError saying what to do."""
     from huggingface_hub import snapshot_download
-
     from huggingface_hub.errors import (
         GatedRepoError,
         HfHubHTTPError,
