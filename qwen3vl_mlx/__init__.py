@@ -7,28 +7,40 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from qwen3vl_mlx.api import Chat, Qwen3VL, load
     from qwen3vl_mlx.engine.output import Chunk, Completion, ToolCall, Usage
-    from qwen3vl_mlx.errors import Qwen3VLError
+    from qwen3vl_mlx.engine.sampling import SamplingParams
+    from qwen3vl_mlx.errors import CheckpointError, HubError, InputError, Qwen3VLError
+    from qwen3vl_mlx.processing.video import Video
 
 __version__ = "0.1.0"
 
 _EXPORTS = {
     "Chat": "api",
+    "CheckpointError": "errors",
     "Chunk": "engine.output",
     "Completion": "engine.output",
+    "HubError": "errors",
+    "InputError": "errors",
     "Qwen3VL": "api",
     "Qwen3VLError": "errors",
+    "SamplingParams": "engine.sampling",
     "ToolCall": "engine.output",
     "Usage": "engine.output",
+    "Video": "processing.video",
     "load": "api",
 }
 __all__ = [
     "Chat",
+    "CheckpointError",
     "Chunk",
     "Completion",
+    "HubError",
+    "InputError",
     "Qwen3VL",
     "Qwen3VLError",
+    "SamplingParams",
     "ToolCall",
     "Usage",
+    "Video",
     "__version__",
     "load",
 ]

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -86,7 +86,10 @@ class Qwen3VL:
     def __init__(self, model: Model, processor: Processor, generation_config: Mapping[str, Any]):
         self.model = model
         self.processor = processor
-        self.default_params = default_params(generation_config)
+        try:
+            self.default_params = default_params(generation_config)
+        except InputError as error:
+            raise CheckpointError(f"generation_config.json: {error}") from error
         self.eos_token_ids = eos_token_ids(generation_config, processor)
 
     @property
@@ -202,13 +205,7 @@ class Qwen3VL:
     ) -> Request:
         """What the engine runs. Raises PromptError for a prompt that fills the context."""
         params.check_vocabulary(self.model.config.text.vocab_size)
-        length = len(prompt.token_ids)
-        room = self.context_length - length
-        if room < 1:
-            raise PromptError(
-                f"the prompt has {length} tokens and the model's context holds "
-                f"{self.context_length}, answer included; shorten it or lower max_pixels"
-            )
+        room = self._room(prompt)
         return Request(
             prompt=prompt,
             params=params,
@@ -216,8 +213,18 @@ class Qwen3VL:
             eos_token_ids=self.eos_token_ids,
             thinking=self.processor.template.opens_thinking,
             tools=tools,
-            started=started,
+            preparation_sec=time.perf_counter() - started,
         )
+
+    def _room(self, prompt: Prompt) -> int:
+        """Tokens the answer may have. Raises PromptError for a prompt that fills the context."""
+        length = len(prompt.token_ids)
+        if length >= self.context_length:
+            raise PromptError(
+                f"the prompt has {length} tokens and the model's context holds "
+                f"{self.context_length}, answer included; shorten it or lower max_pixels"
+            )
+        return self.context_length - length
 
     def chat(
         self,
@@ -241,13 +248,27 @@ class Qwen3VL:
         *,
         images: Sequence[ImageSource] = (),
         videos: Sequence[VideoSource] = (),
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        min_pixels: int | None = None,
+        max_pixels: MaxPixels = None,
+        add_vision_id: bool = False,
     ) -> npt.NDArray[np.float32]:
-        """Next-token logits at every position of the full prompt: (L, vocab_size)."""
-        prompt = self.processor.prompt(as_messages(messages, images, videos))
+        """Next-token logits at every position of the prompt that `generate` would answer.
+
+        Returns (L, vocab_size). Raises InputError as `generate` does.
+        """
+        prompt = self.processor.prompt(
+            as_messages(messages, images, videos),
+            tools=tools,
+            min_pixels=min_pixels,
+            max_pixels=max_pixels,
+            add_vision_id=add_vision_id,
+        )
+        self._room(prompt)
         state = self.new_state()
         hidden = generation.forward(self.model, prompt, state, 0, generation.PREFILL_CHUNK)
-        parts = [self.model.language_model.logits(part)[0] for part in hidden]
-        return np.array(mx.concatenate(parts).astype(mx.float32))
+        logits = (self.model.language_model.logits(part)[0] for part in hidden)
+        return np.concatenate([np.array(part.astype(mx.float32)) for part in logits])
 
     def new_state(self) -> CacheState:
         """An empty cache for one conversation."""
@@ -274,6 +295,7 @@ class Chat:
         if system is not None:
             self.messages.append({"role": "system", "content": system})
         self.state = model.new_state()
+        self._running: Generator[Chunk, None, None] | None = None
 
     def send(
         self,
@@ -297,11 +319,16 @@ class Chat:
     ) -> Iterator[Chunk]:
         """`send`, chunk by chunk. Closing the iterator keeps the turn and what was said so far.
 
-        A turn that fails before its first token leaves no trace.
+        A turn that fails before its first token leaves no trace. A chat gives one answer at a
+        time: asking again closes an answer that is still open.
         """
         started = time.perf_counter()
+        if self._running is not None:
+            self._running.close()
         turn: list[Mapping[str, Any]] = []
         if content is not None:
+            if not isinstance(content, str):
+                raise InputError(f"send() takes a text, got {type(content).__name__}")
             seen = self.model.processor.read(as_messages(content, images, videos), self.budget)
             turn.extend(seen)
         elif images or videos:
@@ -309,17 +336,22 @@ class Chat:
         messages = [*self.messages, *turn]
         prompt = self.model.processor.prompt(messages, tools=self.tools)
         request = self.model.request(prompt, self.params, tools=bool(self.tools), started=started)
-        return self._record(turn, request)
+        self._running = self._record(turn, request)
+        return self._running
 
     def add_tool_result(
         self, call_id: str, content: str, *, images: Sequence[ImageSource] = ()
     ) -> None:
         """Note a tool's answer to the call `call_id`; `send()` lets the model read it."""
+        if not isinstance(content, str):
+            raise InputError(f"a tool's result is a text, got {type(content).__name__}")
         message = as_messages(content, images, ())[0]
         seen = self.model.processor.read([message], self.budget)[0]
         self.messages.append({**seen, "role": "tool", "tool_call_id": call_id})
 
-    def _record(self, turn: Sequence[Mapping[str, Any]], request: Request) -> Iterator[Chunk]:
+    def _record(
+        self, turn: Sequence[Mapping[str, Any]], request: Request
+    ) -> Generator[Chunk, None, None]:
         chunks: list[Chunk] = []
         try:
             for chunk in answer(
@@ -354,7 +386,11 @@ def _assistant_message(chunks: Sequence[Chunk]) -> Mapping[str, Any]:
 def eos_token_ids(generation_config: Mapping[str, Any], processor: Processor) -> frozenset[int]:
     """Every id that ends an answer: the file's, and the two all Qwen3-VL models end with."""
     given = generation_config.get("eos_token_id")
-    ids = [given] if isinstance(given, int) else list(given or ())
+    ids = given if isinstance(given, list) else [] if given is None else [given]
+    if any(type(token) is not int for token in ids):
+        raise CheckpointError(
+            f"generation_config.json: eos_token_id must be one or more token ids, got {given!r}"
+        )
     added = processor.tokenizer.added_tokens
     return frozenset([*ids, *(added[name] for name in _END_TOKENS if name in added)])
 

@@ -89,9 +89,10 @@ def bench(args: argparse.Namespace) -> None:
     from qwen3vl_mlx import hub
     from qwen3vl_mlx.errors import InputError
 
-    for option in ("pixels", "prompt_tokens", "max_tokens", "runs"):
-        if (value := vars(args)[option]) < 1:
-            raise InputError(f"--{option.replace('_', '-')} must be at least 1, got {value}")
+    # The first token of an answer is no part of `decode`.
+    for option, least in (("pixels", 1), ("prompt_tokens", 1), ("max_tokens", 2), ("runs", 1)):
+        if (value := vars(args)[option]) < least:
+            raise InputError(f"--{option.replace('_', '-')} must be at least {least}, got {value}")
     checkpoint = hub.resolve(args.model)
 
     from qwen3vl_mlx.api import load
@@ -129,12 +130,13 @@ class Peer:
     """mlx-vlm in a process of its own, loaded once, measuring one round at a time."""
 
     def __init__(self, python: str, workload: Workload):
-        script = Path(__file__).with_name("bench_peer.py")
+        # As text: a script's own folder comes first in sys.path, and would hide modules there.
+        script = Path(__file__).with_name("bench_peer.py").read_text(encoding="utf-8")
         self.python = python
         self.errors = tempfile.TemporaryFile()  # noqa: SIM115
         try:
             self.process = subprocess.Popen(
-                [python, str(script), json.dumps(asdict(workload))],
+                [python, "-c", script, json.dumps(asdict(workload))],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=self.errors,

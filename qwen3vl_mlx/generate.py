@@ -22,11 +22,11 @@ DEFAULT_PROMPT_SEVERAL = "Describe the images."
 _EPILOG = """examples:
   python -m qwen3vl_mlx.generate --image photo.jpg
   python -m qwen3vl_mlx.generate --image a.png --image b.png --prompt "What changed?"
-  echo "Read the text." | python -m qwen3vl_mlx.generate --image page.heic --temperature 0
+  echo "Read the text." | python -m qwen3vl_mlx.generate --image page.heic --prompt -
   python -m qwen3vl_mlx.generate --model demo --image scene.png --json
 
 The answer goes to stdout, everything else to stderr. Exit status: 0 answered, 1 the checkpoint,
-the Hub or the machine failed, 2 bad input, 130 interrupted.
+the Hub or the machine failed, 2 bad input, 130 interrupted, 141 the reader closed stdout.
 """
 
 
@@ -56,7 +56,8 @@ def parser(prog: str) -> argparse.ArgumentParser:
     p.add_argument(
         "-p",
         "--prompt",
-        help='question; "-" or nothing reads a piped stdin (default: describe the image)',
+        help='question; "-" reads stdin, as does leaving out both prompt and image '
+        "(default: describe the image)",
     )
     p.add_argument("--system", help="system message")
     out = p.add_argument_group("output")
@@ -135,19 +136,23 @@ def answer(args: argparse.Namespace) -> None:
         **sampling,
     )
     printer = Printer(args)
-    for chunk in chunks:
-        printer.show(chunk)
+    try:
+        for chunk in chunks:
+            printer.show(chunk)
+    finally:
+        printer.erase_note()
 
 
 def read_prompt(given: str | None, num_images: int) -> str:
-    """The prompt from the option, a piped stdin, or the default for pictures alone.
+    """The prompt from the option, stdin, or the default for pictures alone.
 
+    With pictures stdin is read only when asked for: in a shell loop it holds the loop's own input.
     Raises InputError where there is neither prompt nor picture.
     """
     from qwen3vl_mlx.errors import InputError
 
     prompt = given
-    if given == "-" or (given is None and _is_piped(sys.stdin)):
+    if given == "-" or (given is None and num_images == 0 and _is_piped(sys.stdin)):
         prompt = sys.stdin.read().strip()
     if prompt:
         return prompt
@@ -180,11 +185,14 @@ class Printer:
             sys.stderr.write(f"Reading {names} ...")
             sys.stderr.flush()
 
-    def show(self, chunk: Chunk) -> None:
+    def erase_note(self) -> None:
         if self.waiting:
             sys.stderr.write("\r\033[K")
             sys.stderr.flush()
             self.waiting = False
+
+    def show(self, chunk: Chunk) -> None:
+        self.erase_note()
         self.chunks.append(chunk)
         if chunk.reasoning and self.verbose:
             sys.stderr.write(chunk.reasoning)
@@ -206,7 +214,8 @@ class Printer:
             print(flush=True)
         if not last.reasoning_closed:
             print(
-                "note: the model was still thinking when its tokens ran out; raise --max-tokens",
+                "note: the answer ended before the model had finished thinking "
+                f"({last.finish_reason}); raise --max-tokens",
                 file=sys.stderr,
             )
         if self.verbose and last.usage is not None:

@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 
 from qwen3vl_mlx.demo import CHECKPOINT
-from qwen3vl_mlx.errors import CheckpointError, HubError
+from qwen3vl_mlx.errors import CheckpointError, HubError, InputError
 
 DEFAULT_MODEL = "mlx-community/Qwen3-VL-4B-Instruct-4bit"
 MODEL_VARIABLE = "QWEN3VL_MODEL"
@@ -30,18 +30,26 @@ def resolve(model: str | os.PathLike[str], revision: str | None = None) -> Path:
     downloaded, resuming and showing progress. Raises CheckpointError for a folder that is not
     there, HubError where the Hub cannot be reached or does not have it.
     """
-    if model == "demo":
-        return CHECKPOINT
-    path = Path(model).expanduser()
-    if path.is_dir():
-        return path
+    if not isinstance(model, (str, os.PathLike)):
+        raise InputError(f"a model is a folder, a Hub id or 'demo', got {type(model).__name__}")
     name = os.fspath(model)
-    if path.exists():
+    try:
+        path = Path(model).expanduser()
+        is_folder, is_there = path.is_dir(), path.exists()
+    except (OSError, RuntimeError, ValueError):  # too long, unknown ~user, a null character
+        is_folder = is_there = False
+    if (is_folder or name == "demo") and revision is not None:
+        raise InputError(f"revision {revision!r} is for models of the Hub, and {name} is not one")
+    if name == "demo":
+        return CHECKPOINT
+    if is_folder:
+        return path
+    if is_there:
         raise CheckpointError(f"{name} is a file; give the folder that holds config.json")
     if not _REPO_ID.fullmatch(name) or name.startswith("."):
         raise CheckpointError(
-            f"no folder {name!r}; give a checkpoint's folder, a Hub id such as {DEFAULT_MODEL}, "
-            'or "demo"'
+            f"no folder {name[:200]!r}; give a checkpoint's folder, a Hub id such as "
+            f'{DEFAULT_MODEL}, or "demo"'
         )
     return cached_snapshot(name, revision) or download(name, revision)
 

@@ -20,7 +20,6 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from qwen3vl_mlx._mlx_lm.models.switch_layers import SwitchLinear
 from qwen3vl_mlx.errors import CheckpointError, ConfigError, WeightsError
 from qwen3vl_mlx.models.config import (
     ModelConfig,
@@ -71,7 +70,9 @@ def load_model(
     with _bar(total, progress) as bar:
         for group in list(_groups(weights, _READ_BYTES)):
             tensors = {name: _cast(weights.pop(name), dtype) for name in group}
-            tensors |= {name: column_major(tensors[name]) for name in tensors.keys() & turned}
+            for name in tensors.keys() & turned:
+                tensors[name] = column_major(tensors[name])
+                mx.eval(tensors[name])  # one by one: there are three copies until then
             mx.eval(tensors)
             model.load_weights(list(tensors.items()), strict=False)
             bar.update(sum(tensor.nbytes for tensor in tensors.values()))
@@ -119,7 +120,8 @@ def weight_files(folder: Path) -> list[Path]:
                 f"{missing[0]}; download it again"
             )
         return [folder / name for name in names]
-    files = sorted(folder.glob("model*.safetensors"))
+    whole = folder / "model.safetensors"
+    files = [whole] if whole.exists() else sorted(folder.glob("model*.safetensors"))
     if not files:
         raise CheckpointError(f"{folder} has no model*.safetensors files")
     return files
@@ -262,9 +264,8 @@ def _shapes(model: Model) -> dict[str, tuple[int, ...]]:
 
 def matrices(model: Model) -> frozenset[str]:
     """Names of the unquantized weights that a pass multiplies by their transpose."""
-    linear = (nn.Linear, SwitchLinear)
     modules = model.named_modules()  # type: ignore[no-untyped-call]
-    return frozenset(f"{path}.weight" for path, module in modules if isinstance(module, linear))
+    return frozenset(f"{path}.weight" for path, module in modules if isinstance(module, nn.Linear))
 
 
 def column_major(tensor: mx.array) -> mx.array:
@@ -273,7 +274,7 @@ def column_major(tensor: mx.array) -> mx.array:
     MLX's CPU backend for Linux multiplies two row-major matrices more than twice as fast as a
     row-major one by a transpose, which is what every linear layer does.
     """
-    return mx.contiguous(tensor.swapaxes(-1, -2)).swapaxes(-1, -2)
+    return mx.contiguous(tensor.T).T
 
 
 def _cast(tensor: mx.array, dtype: mx.Dtype | None) -> mx.array:

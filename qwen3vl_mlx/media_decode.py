@@ -115,7 +115,9 @@ def open_encoded(data: bytes, name: str, max_source_pixels: int) -> PIL.Image.Im
     try:
         if form == "HEIF":
             return _picture_from_heif(data, name, max_source_pixels)
-        Image.init()
+        Image.preinit()  # the common formats; init() imports every plugin there is
+        if form not in Image.OPEN:
+            Image.init()
         if form not in Image.OPEN:
             raise ImageError(f"{name} is an {form} image; this Pillow cannot read it: upgrade it")
         return Image.OPEN[form][0](_Whole(data), "")

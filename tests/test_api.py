@@ -11,13 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import PIL.Image
 import pytest
 from asking import OTHER_TRUTH, QUESTION, TRUTH, about
 from PIL.Image import Image
 
 from qwen3vl_mlx.api import Qwen3VL, load
 from qwen3vl_mlx.demo import CHECKPOINT
-from qwen3vl_mlx.errors import InputError, PromptError, Qwen3VLError
+from qwen3vl_mlx.errors import CheckpointError, ConfigError, InputError, PromptError, Qwen3VLError
+from qwen3vl_mlx.processing.video import Video
 
 
 def test_the_scenes_are_described(demo: Qwen3VL, scene: Image, other_scene: Image) -> None:
@@ -51,7 +53,7 @@ def test_usage(demo: Qwen3VL, scene: Image) -> None:
     assert usage.time_to_first_token_sec == pytest.approx(parts[0])
     rates = (
         (usage.avg_prompt_tok_per_sec, usage.prompt_tokens, parts[0]),
-        (usage.avg_compl_tok_per_sec, spoken, parts[1]),
+        (usage.avg_compl_tok_per_sec, spoken - 1, parts[1]),
         (usage.avg_tok_per_sec, usage.total_tokens, usage.total_time_sec),
     )
     for rate, tokens, seconds in rates:
@@ -186,3 +188,79 @@ def test_a_stream_may_be_left(demo: Qwen3VL, scene: Image, other_scene: Image) -
         stopped.throw(KeyboardInterrupt)
     assert demo.generate(QUESTION, images=[scene]).text == TRUTH
     assert "".join(chunk.text for chunk in abandoned) == OTHER_TRUTH[1:]
+
+
+@pytest.mark.parametrize("form", ["PNG", "JPEG"])
+def test_one_opened_file_may_stand_for_several_pictures(
+    demo: Qwen3VL, scene: Image, form: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "scene"
+    scene.resize((1600, 1280)).save(path, form)  # large enough to be in decoding for a while
+    for _ in range(4):
+        with PIL.Image.open(path) as lazy:  # Pillow decodes it when it is first used
+            prompt = demo.processor.prompt(
+                [*about(lazy), {"role": "assistant", "content": "So."}, *about(lazy)]
+            )
+        assert prompt.media[0].identity == prompt.media[1].identity
+        with PIL.Image.open(path) as lazy:
+            frames = {"type": "video", "video": [lazy] * 4}
+            (video,) = demo.processor.prompt([{"role": "user", "content": [frames]}]).media
+        assert video.grid_thw[0] == 2
+
+
+def test_a_part_may_have_limits_of_its_own(demo: Qwen3VL, scene: Image) -> None:
+    def tokens(**limits: int) -> int:
+        part = {"type": "image", "image": scene, **limits}
+        (medium,) = demo.processor.prompt([{"role": "user", "content": [part]}]).media
+        return medium.num_tokens
+
+    assert tokens(max_pixels=9216) <= 9 < tokens()
+    with pytest.raises(InputError, match="max_pixels"):
+        tokens(max_pixels=0)
+
+
+def test_limits_of_images_do_not_pass_for_those_of_videos(demo: Qwen3VL, scene: Image) -> None:
+    with pytest.raises(InputError, match="Video"):
+        demo.generate("x", videos=[[scene] * 4], max_pixels=9216)
+    short, full = (
+        demo.generate("x", videos=[Video([scene] * 4, max_pixels=limit)], max_tokens=1).usage
+        for limit in (20000, None)
+    )
+    assert short.prompt_tokens < full.prompt_tokens
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"do_sample": True, "temperature": "0.7"},
+        {"eos_token_id": "1000"},
+        {"eos_token_id": [None]},
+        {"eos_token_id": 1000.0},
+    ],
+    ids=str,
+)
+def test_a_bad_generation_config_is_named(values: dict[str, Any], tmp_path: Path) -> None:
+    folder = shutil.copytree(CHECKPOINT, tmp_path / "model")
+    (folder / "generation_config.json").write_text(json.dumps(values))
+    with pytest.raises(CheckpointError, match=r"generation_config\.json"):
+        load(folder)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"size": 5},
+        {"image_mean": None},
+        {"image_mean": 0.5},
+        {"image_std": ["a", "b", "c"]},
+        {"image_std": [0.5, 0.5, 0.0]},
+        {"do_resize": False},
+    ],
+    ids=str,
+)
+def test_a_bad_preprocessor_config_is_named(values: dict[str, Any], tmp_path: Path) -> None:
+    folder = shutil.copytree(CHECKPOINT, tmp_path / "model")
+    path = folder / "preprocessor_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+    with pytest.raises(ConfigError, match=next(iter(values))):
+        load(folder)

@@ -191,3 +191,32 @@ def test_a_thought_without_end_is_reported(thinker: Qwen3VL, scene: Image) -> No
     assert (done.text, done.reasoning_closed, done.finish_reason) == ("", False, "length")
     chunks = list(thinker.stream(QUESTION, images=[scene], max_tokens=5))
     assert [chunk.reasoning_closed for chunk in chunks][-1] is False
+
+
+def test_asking_again_closes_an_answer_that_is_still_open(demo: Qwen3VL, scene: Image) -> None:
+    chat = demo.chat()
+    open_answer = chat.stream(QUESTION, images=[scene])
+    began = "".join(next(open_answer).text for _ in range(3))
+    second = chat.send("How many shapes are there?")
+    assert list(open_answer) == []
+    assert [message["role"] for message in chat.messages] == ["user", "assistant"] * 2
+    assert chat.messages[1]["content"] == began
+    messages = [*about(scene), {"role": "assistant", "content": began}]
+    assert demo.generate([*messages, *user("How many shapes are there?")]).text == second.text
+
+
+def test_an_answer_that_never_began_leaves_no_turn(demo: Qwen3VL) -> None:
+    chat = demo.chat()
+    chat.stream("Hello")
+    assert chat.send("What is 3 + 4?").text == "7"
+    assert len(chat.messages) == 2
+
+
+@pytest.mark.parametrize("content", [5, b"x", ["x"], {"text": "x"}])
+def test_chat_takes_texts(demo: Qwen3VL, content: Any) -> None:
+    chat = demo.chat()
+    with pytest.raises(InputError):
+        chat.send(content)
+    with pytest.raises(InputError):
+        chat.add_tool_result("call_1", content)
+    assert chat.messages == []

@@ -59,10 +59,14 @@ def test_the_default_prompt_describes_the_image(expected: str) -> None:
     assert generate("--model", "demo", "--image", EXAMPLE).stdout == expected
 
 
-@pytest.mark.parametrize("option", [[], ["--prompt", "-"]])
-def test_a_piped_prompt_is_read(option: list[str], expected: str) -> None:
-    done = generate("--model", "demo", "--image", EXAMPLE, *option, stdin=f"{QUESTION}\n")
-    assert (done.stdout, done.returncode) == (expected, 0)
+def test_a_piped_prompt_is_read_on_request(expected: str) -> None:
+    asked = "What is at the bottom?"
+    options = ("--model", "demo", "--image", EXAMPLE)
+    done = generate(*options, "--prompt", "-", stdin=f"{asked}\n")
+    assert (done.stdout, done.returncode) == ("a red triangle\n", 0)
+    # A shell loop's input is not ours.
+    assert generate(*options, stdin="next.jpg\n").stdout == expected
+    assert generate("--model", "demo", stdin="What is 3 + 4?").stdout == "7\n"
 
 
 def test_text_alone_is_answered() -> None:

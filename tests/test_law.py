@@ -6,6 +6,7 @@
 | prefill in chunks of 1, 7 and 64                        | test_road[chunks of n]         |
 | the same prompt again, its answer held                  | test_road[asked twice]         |
 | prefill given up halfway, then asked again              | test_road[abandoned]           |
+| text and decoded tokens turned by the GPU's fused rope   | test_road[fused rope]          |
 | cache saved to a file and loaded, then a continuation   | test_road[saved and loaded]    |
 | one cut at every place inside and around the media      | test_every_cut                 |
 | held prefix trimmed at every place inside and around    | test_every_trim                |
@@ -181,6 +182,15 @@ def abandoned(model: Qwen3VL, prompt: Prompt, folder: Path) -> Run:
     return resume(model, prompt, state)
 
 
+def fused_rope(model: Qwen3VL, prompt: Prompt, folder: Path) -> Run:
+    rope = model.model.language_model.model.rope
+    was, rope.fused = rope.fused, True
+    try:
+        return one_shot(model, prompt, 7)
+    finally:
+        rope.fused = was
+
+
 def saved_and_loaded(model: Qwen3VL, prompt: Prompt, folder: Path) -> Run:
     state = model.new_state()
     first = resume(model, prompt, state, STEPS // 2)
@@ -204,6 +214,7 @@ ROADS: dict[str, Callable[[Qwen3VL, Prompt, Path], Run]] = {
     "chunks of 64": lambda model, prompt, _: one_shot(model, prompt, 64),
     "asked twice": asked_twice,
     "abandoned": abandoned,
+    "fused rope": fused_rope,
     "saved and loaded": saved_and_loaded,
 }
 

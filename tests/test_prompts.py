@@ -211,7 +211,6 @@ LARGE = replace(PROCESSOR, settings=replace(SETTINGS, image=RELEASED_BUDGET))
         (LARGE, None, 40000, (40000, 40000)),  # a lower ceiling lowers the floor
         (LARGE, 4096, None, (4096, DESKTOP)),
         (LARGE, 4096, 8192, (4096, 8192)),
-        (LARGE, None, 20000000, (65536, 20000000)),  # more than the checkpoint's own, if wished
         (PROCESSOR, None, None, (SETTINGS.image.min_pixels, SETTINGS.image.max_pixels)),
         (PROCESSOR, None, "full", (SETTINGS.image.min_pixels, SETTINGS.image.max_pixels)),
     ],
@@ -237,6 +236,8 @@ def test_pixel_limits(
         (float("nan"), None, "min_pixels must be a positive"),
         (None, float("inf"), "max_pixels must be a positive"),
         (9000, 8000, "9000.* is more than max_pixels .8000"),
+        (400_000_000, None, "min_pixels may be at most 16,777,216"),
+        (None, 10**12, "max_pixels may be at most 16,777,216"),
     ],
 )
 def test_impossible_pixel_limits(min_pixels: Any, max_pixels: Any, message: str) -> None:

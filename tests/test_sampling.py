@@ -87,7 +87,8 @@ def test_defaults_of_released_models(path: Path) -> None:
 @pytest.mark.parametrize(
     ("values", "expected"),
     [
-        ({}, SamplingParams()),
+        ({}, SamplingParams(temperature=0)),
+        ({"temperature": 0.7, "top_p": 0.8}, SamplingParams(temperature=0, top_p=0.8)),
         (
             {"do_sample": False, "temperature": 0.7, "top_k": 5},
             SamplingParams(temperature=0, top_k=5),
@@ -244,3 +245,10 @@ def test_the_global_random_state_is_left_alone(seed: int | None) -> None:
     first = draw(make(50, seed=11), LOGITS, 5)
     mx.random.seed(2)
     assert draw(make(50, seed=11), LOGITS, 5) == first
+
+
+def test_penalties_of_bfloat16_logits_are_not_rounded_away() -> None:
+    params = SamplingParams(temperature=0, repetition_penalty=1.004)
+    logits = mx.array([9.9375, 10.0]).astype(mx.bfloat16)  # one step of bfloat16 apart
+    # 10 / 1.004 = 9.96 is the larger still; in bfloat16 it would be the first one's equal.
+    assert Sampler(params, np.array([1], np.int32), 2)(logits).item() == 1

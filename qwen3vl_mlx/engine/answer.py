@@ -27,7 +27,7 @@ class Request:
     eos_token_ids: frozenset[int]
     thinking: bool  # the prompt opens a thought, so the answer begins inside it
     tools: bool  # parse tool calls
-    started: float  # time.perf_counter() when the caller asked
+    preparation_sec: float  # what reading the pictures and laying out the prompt took
 
 
 def answer(
@@ -37,6 +37,7 @@ def answer(
 
     Afterwards `state` holds prompt and answer, also where the iterator is closed early.
     """
+    started = time.perf_counter() - request.preparation_sec
     prompt = request.prompt
     sampler = Sampler(request.params, prompt.token_ids, model.config.text.vocab_size)
     text_of = _TextStream(tokenizer, request)
@@ -57,7 +58,7 @@ def answer(
         prompt=len(prompt.token_ids),
         completion=count,
         cached=cached,
-        started=request.started,
+        started=started,
         first=first,
         ended=time.perf_counter(),
         peak=mx.get_peak_memory(),

@@ -33,8 +33,9 @@ def prefill(
     start = state.reuse(prompt)
     last = mx.array([])
     for hidden in forward(model, prompt, state, start, chunk):  # at least one: see reuse()
-        last = hidden[:, -1:]
-        mx.async_eval(state.arrays())
+        before, last = last, hidden[:, -1:]
+        mx.async_eval(state.arrays(), last)
+        mx.eval(before)  # two chunks in flight: the device is busy, and memory stays bounded
     state.extend(prompt)
     return model.language_model.logits(last)[0, 0]
 
@@ -94,5 +95,5 @@ def decode(
         state.token_ids.append(value)
         token = following
         yield value
-        if count % _CLEAR_EVERY == 0:
+        if count % _CLEAR_EVERY == 1:  # first of all, what prefill left
             mx.clear_cache()

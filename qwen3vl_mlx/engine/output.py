@@ -32,7 +32,8 @@ class Usage:
     """Tokens, times in seconds and memory of one request.
 
     Prompt time runs from the request to the first token, image decoding and encoding included;
-    completion time runs from there to the last. Rates are 0 where their time is.
+    completion time runs from there to the last. Rates count the tokens computed in their time:
+    cached ones not for the prompt, the first not for the completion.
     """
 
     prompt_tokens: int
@@ -74,8 +75,8 @@ def make_usage(
         total_prompt_time_sec=prompt_time,
         total_completion_time_sec=completion_time,
         total_time_sec=total_time,
-        avg_prompt_tok_per_sec=rate(prompt, prompt_time),
-        avg_compl_tok_per_sec=rate(completion, completion_time),
+        avg_prompt_tok_per_sec=rate(prompt - cached, prompt_time),
+        avg_compl_tok_per_sec=rate(completion - 1, completion_time),
         avg_tok_per_sec=rate(prompt + completion, total_time),
         time_to_first_token_sec=prompt_time,
         peak_memory_bytes=peak,
@@ -246,7 +247,7 @@ def parse_tool_call(text: str) -> ToolCall | None:
     """The call in `{"name": ..., "arguments": {...}}`, or None where it is not one."""
     try:
         call = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     if not isinstance(call, dict) or not isinstance(call.get("name"), str):
         return None

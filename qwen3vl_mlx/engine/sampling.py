@@ -89,13 +89,10 @@ class SamplingParams:
 
 
 def default_params(generation_config: Mapping[str, Any]) -> SamplingParams:
-    """Defaults from generation_config.json; `do_sample: false` is greedy.
-
-    A file without a temperature samples at 1.0, as HF does.
-    """
+    """Defaults from generation_config.json. Without `do_sample: true` that is greedy, as in HF."""
     names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
     given = {name: generation_config.get(name) for name in names}
-    if generation_config.get("do_sample") is False:
+    if generation_config.get("do_sample") is not True:
         given["temperature"] = 0.0
     return SamplingParams().updated(given)
 
@@ -132,6 +129,9 @@ class Sampler:
 
     def _penalised(self, logits: mx.array) -> mx.array:
         params = self.params
+        if self.seen is None and self.counts is None and self.bias is None:
+            return logits
+        logits = logits.astype(mx.float32)  # bfloat16 would round penalties away
         if self.seen is not None:
             penalty = params.repetition_penalty
             shrunk = mx.where(logits > 0, logits / penalty, logits * penalty)

@@ -98,9 +98,9 @@ class CacheState:
             if metadata["format"] != _FORMAT:
                 raise KeyError(metadata["format"])
             note = json.loads(metadata["state"])
+            state = cls(layers, note["token_ids"], tuple((at, key) for at, key in note["media"]))
         except (RuntimeError, LookupError, ValueError, TypeError, AttributeError) as error:
             raise InputError(f"{path} is not a conversation cache of this version") from error
-        state = cls(layers, note["token_ids"], tuple((at, key) for at, key in note["media"]))
         mx.eval(state.arrays())
         return state
 

@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-from functools import cache
-
 import mlx.core as mx
 
 # Scores that may be held at once where they must be materialised.
 SCORE_BYTES = 128 * 2**20
 
 
-@cache
 def has_fused_kernel(head_dim: int, dtype: mx.Dtype) -> bool:
     """Whether this device's attention kernel takes `head_dim` without materialising scores.
 
-    Asked of MLX itself: which head widths are fused differs between its versions and backends.
+    Asked of MLX itself, which says so when the operation is built, without running it: the
+    widths that are fused differ between its versions and backends.
     """
     x = mx.zeros((1, 1, 32, head_dim), dtype)
     try:
-        mx.eval(mx.fast.scaled_dot_product_attention(x, x, x, scale=1.0, force_fused=True))
+        mx.fast.scaled_dot_product_attention(x, x, x, scale=1.0, force_fused=True)
     except (ValueError, RuntimeError):
         return False
     return True
@@ -43,6 +41,8 @@ def full_attention(
             for i in range(0, segments, size)
         ]
         return mx.concatenate(parts, axis=0)
+    # Transposed in memory: backends without the kernel multiply plain matrices fastest.
+    k = mx.contiguous(k.swapaxes(2, 3)).swapaxes(2, 3)
     size = max(1, score_bytes // row)
     parts = [
         mx.fast.scaled_dot_product_attention(q[:, :, i : i + size], k, v, scale=scale)

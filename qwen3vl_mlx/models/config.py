@@ -160,7 +160,11 @@ class _Section:
     def number(self, key: str, default: float | None = None) -> float:
         value = self.values.get(key)
         value = default if value is None else value
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or value <= 0:
+        if (
+            isinstance(value, bool)
+            or not isinstance(value, (int, float))
+            or not (0 < value < math.inf)
+        ):
             raise self.error(key, f"must be a positive number, got {value!r}")
         return float(value)
 
@@ -222,6 +226,8 @@ def parse_config(values: Mapping[str, Any]) -> ModelConfig:
             f"({len(vision.deepstack_visual_indexes)}) than text_config.num_hidden_layers "
             f"({text.num_hidden_layers})"
         )
+    if values.get("image_token_id") == values.get("video_token_id"):
+        raise ConfigError("config.json: image_token_id and video_token_id must differ")
     # transformers 5 writes the class default into text_config of MoE models: the top level rules.
     tied = text_section.flag("tie_word_embeddings", default=False)
     return ModelConfig(

@@ -149,7 +149,8 @@ class TextModel(nn.Module):
         each row's first token where all axes count together. cache: one per layer, updated.
         visual: replaces placeholder embeddings, and adds to the first layers' outputs.
         """
-        x = self.embed_tokens(token_ids)
+        # Some quantized embeddings come out in bfloat16 whatever the model's type.
+        x = self.embed_tokens(token_ids).astype(self.norm.weight.dtype)
         if visual is not None:
             x = set_rows(x, visual.rows, visual.features.embeds)
         rotation = self.rope.rotation(positions, token_ids.shape[1])

@@ -115,12 +115,26 @@ def normalize_patches(
     repeats = patches.shape[1] // len(mean)
     low = mx.array([255 * m for m in mean] * repeats, mx.float32)
     scale = mx.array([255 * s for s in std] * repeats, mx.float32)
-    return _normalize(patches, low, scale).astype(dtype)
+    return _normalize(patches, low, scale, mx.zeros((1,), dtype))
 
 
 @partial(mx.compile, shapeless=True)
-def _normalize(patches: mx.array, low: mx.array, scale: mx.array) -> mx.array:
-    return (patches.astype(mx.float32) - low) / scale
+def _normalize(patches: mx.array, low: mx.array, scale: mx.array, like: mx.array) -> mx.array:
+    return ((patches.astype(mx.float32) - low) / scale).astype(like.dtype)
+
+
+@partial(mx.compile, shapeless=True)
+def _blend(
+    a: mx.array,
+    b: mx.array,
+    c: mx.array,
+    d: mx.array,
+    wa: mx.array,
+    wb: mx.array,
+    wc: mx.array,
+    wd: mx.array,
+) -> mx.array:
+    return (a * wa + b * wb + c * wc + d * wd).astype(a.dtype)
 
 
 class PatchEmbed(nn.Module):
@@ -221,8 +235,9 @@ class VisionModel(nn.Module):
 
     def position_embeds(self, tables: VisionTables, dtype: mx.Dtype) -> mx.array:
         """Bilinear position embeddings, summed in float32: (N, hidden_size)."""
-        taps = zip(tables.taps, tables.weights, strict=True)
-        return sum(self.pos_embed(tap) * weight for tap, weight in taps).astype(dtype)
+        a, b, c, d = (self.pos_embed(tap) for tap in tables.taps)
+        wa, wb, wc, wd = tables.weights
+        return _blend(a, b, c, d, wa, wb, wc, wd).astype(dtype)
 
     def __call__(self, patches: mx.array, tables: VisionTables) -> VisionFeatures:
         """Encode N normalised patches in merge order, all stills or all video.

@@ -26,6 +26,8 @@ from qwen3vl_mlx.models.positions import Grid
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+MOST_PIXELS = 16384 * 32 * 32  # what the released checkpoints allow one image
+
 
 @dataclass(frozen=True)
 class PixelBudget:
@@ -39,6 +41,10 @@ class PixelBudget:
         for name, value in (("min_pixels", min_pixels), ("max_pixels", max_pixels)):
             if value is not None and (type(value) is not int or value < 1):
                 raise InputError(f"{name} must be a positive whole number of pixels, got {value!r}")
+            if value is not None and value > max(self.max_pixels, MOST_PIXELS):
+                raise InputError(
+                    f"{name} may be at most {max(self.max_pixels, MOST_PIXELS):,}, got {value:,}"
+                )
         # A request that raises only the floor means to get a larger image, and the reverse.
         most = max(self.max_pixels, min_pixels or 0) if max_pixels is None else max_pixels
         least = min(self.min_pixels, most) if min_pixels is None else min_pixels
@@ -115,15 +121,13 @@ def read_settings(folder: Path, vision: VisionConfig) -> VisionSettings:
                 f"preprocessor_config.json: {key} is {image[key]}, but config.json says "
                 f"vision_config.{ours} is {expected}"
             )
-    mean, std = (
-        tuple(float(x) for x in image.get(key, [0.5] * vision.in_channels))
-        for key in ("image_mean", "image_std")
-    )
-    if len(mean) != vision.in_channels or len(std) != vision.in_channels or min(std) <= 0:
-        raise ConfigError(
-            f"preprocessor_config.json: image_mean and image_std must have {vision.in_channels} "
-            "entries, the latter positive"
-        )
+    for key in ("do_resize", "do_rescale", "do_normalize"):
+        if image.get(key, True) is not True:
+            raise ConfigError(f"preprocessor_config.json: {key} must be true, got {image[key]!r}")
+    mean = _channels(image, "image_mean", vision.in_channels)
+    std = _channels(image, "image_std", vision.in_channels)
+    if min(std) <= 0:
+        raise ConfigError(f"preprocessor_config.json: image_std must be positive, got {list(std)}")
     return VisionSettings(
         patch_size=vision.patch_size,
         temporal_patch_size=vision.temporal_patch_size,
@@ -152,9 +156,18 @@ def _read(folder: Path, name: str, section: str) -> Mapping[str, Any] | None:
     return None
 
 
+def _channels(values: Mapping[str, Any], key: str, count: int) -> tuple[float, ...]:
+    given = values.get(key, [0.5] * count)
+    if not isinstance(given, list) or len(given) != count or {*map(type, given)} - {int, float}:
+        raise ConfigError(f"preprocessor_config.json: {key} must be {count} numbers, got {given!r}")
+    return tuple(float(value) for value in given)
+
+
 def _budget(values: Mapping[str, Any], name: str) -> PixelBudget:
     """`size.shortest_edge` and `longest_edge` are pixel counts in these files, not edges."""
     size = values.get("size") or {}
+    if not isinstance(size, Mapping):
+        raise ConfigError(f"{name}: size must be an object, got {size!r}")
     least = size.get("shortest_edge", values.get("min_pixels"))
     most = size.get("longest_edge", values.get("max_pixels"))
     if not (isinstance(least, int) and isinstance(most, int) and 0 < least <= most):
@@ -219,7 +232,8 @@ def image_input(image: Image, settings: VisionSettings, budget: PixelBudget) -> 
 def _resized(image: Image, rows: int, cols: int) -> npt.NDArray[np.uint8]:
     from PIL.Image import Resampling
 
-    return np.asarray(image.resize((cols, rows), Resampling.BICUBIC))
+    pixels: npt.NDArray[np.uint8] = np.asarray(image.resize((cols, rows), Resampling.BICUBIC))
+    return pixels
 
 
 def _patchify(
@@ -240,7 +254,8 @@ def _patchify(
         channels,
     )
     ordered = split.transpose(0, 2, 5, 3, 6, 1, 4, 7, 8)  # (T, bh, bw, mh, mw, t, P, P, C)
-    return ordered.reshape(-1, temporal * patch * patch * channels)
+    patches: npt.NDArray[np.uint8] = ordered.reshape(-1, temporal * patch * patch * channels)
+    return patches
 
 
 def video_input(

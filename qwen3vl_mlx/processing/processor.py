@@ -10,7 +10,7 @@ from typing import Any, Literal, TypeAlias, TypeVar
 
 import numpy as np
 
-from qwen3vl_mlx.errors import CheckpointError, PromptError
+from qwen3vl_mlx.errors import CheckpointError, InputError, PromptError
 from qwen3vl_mlx.media import ImageSource, load_image
 from qwen3vl_mlx.models.config import ModelConfig
 from qwen3vl_mlx.models.positions import rope_index
@@ -98,6 +98,11 @@ class Processor:
         )
         budget = self.image_budget(min_pixels, max_pixels)
         media = self._visual_inputs(messages, budget)
+        limited = min_pixels is not None or max_pixels is not None
+        if limited and media and all(medium.kind == "video" for medium in media):
+            raise InputError(
+                "min_pixels and max_pixels limit images; limit a video by Video(max_pixels=...)"
+            )
         stamps = [medium.timestamps for medium in media if medium.kind == "video"]
         pieces = self._expand_videos(rendered.pieces, stamps)
         ids = [token for piece in pieces for token in self.tokenizer.encode(piece)]
@@ -110,13 +115,23 @@ class Processor:
         if isinstance(source, VisualInput):
             return source
         if isinstance(source, Video):
-            frames = _in_threads(load_image, source.frames)
-            return video_input(frames, source.fps, self.settings, self.settings.video)
+            together = not Medium(source).holds_lazy_image
+            frames = _in_threads(load_image, source.frames, together=together)
+            limits = self.settings.video.limited(None, source.max_pixels)
+            return video_input(frames, source.fps, self.settings, limits)
         return image_input(load_image(source), self.settings, budget)
 
     def _visual_inputs(self, messages: Messages, budget: PixelBudget) -> list[VisualInput]:
-        sources = list(media_sources(messages))
-        return _in_threads(lambda source: self.visual_input(source, budget), sources)
+        media = list(media_sources(messages))
+        # Pillow decodes an opened image when it is first used, and not in two threads at once.
+        together = not any(medium.holds_lazy_image for medium in media)
+        return _in_threads(
+            lambda medium: self._visual_input(medium, budget), media, together=together
+        )
+
+    def _visual_input(self, medium: Medium, budget: PixelBudget) -> VisualInput:
+        limits = budget.limited(medium.min_pixels, medium.max_pixels)
+        return self.visual_input(medium.source, limits)
 
     def read(self, messages: Messages, budget: PixelBudget) -> list[dict[str, Any]]:
         """Copies of messages whose media are cut, so that later prompts need not do it again."""
@@ -188,15 +203,33 @@ class Processor:
             yield before
 
 
-def _in_threads(work: Callable[[Source], Result], items: Sequence[Source]) -> list[Result]:
+def _in_threads(
+    work: Callable[[Source], Result], items: Sequence[Source], *, together: bool
+) -> list[Result]:
     """`work` on every item, in order; Pillow decodes and resizes without Python's lock."""
-    if len(items) < 2:
+    if len(items) < 2 or not together:
         return [work(item) for item in items]
     with ThreadPoolExecutor(max_workers=_DECODERS) as pool:
         return list(pool.map(work, items))
 
 
-def media_sources(messages: Messages) -> Iterator[ImageSource | Video | VisualInput]:
+@dataclass(frozen=True)
+class Medium:
+    """An image or video as a message has it, with limits of its own (Qwen's `min_pixels`)."""
+
+    source: ImageSource | Video | VisualInput
+    min_pixels: int | None = None
+    max_pixels: int | None = None
+
+    @property
+    def holds_lazy_image(self) -> bool:
+        from PIL.Image import Image
+
+        sources = self.source.frames if isinstance(self.source, Video) else (self.source,)
+        return any(isinstance(source, Image) for source in sources)
+
+
+def media_sources(messages: Messages) -> Iterator[Medium]:
     """The images and videos of messages, in order. Raises PromptError for an empty part."""
     for number, message in enumerate(messages):
         content = message.get("content")
@@ -213,10 +246,13 @@ def media_sources(messages: Messages) -> Iterator[ImageSource | Video | VisualIn
                 source = source.get("url")
             if source is None:
                 raise PromptError(f"{where} has no {keys[0]}; give it under {keys[0]!r}")
-            yield source if kind == "image" else _video(source, part.get("fps"), where)
+            if kind == "video":
+                yield Medium(_video(source, part, where))
+            else:
+                yield Medium(source, part.get("min_pixels"), part.get("max_pixels"))
 
 
-def _video(source: Any, fps: float | None, where: str) -> Video | VisualInput:
+def _video(source: Any, part: Mapping[str, Any], where: str) -> Video | VisualInput:
     if isinstance(source, (Video, VisualInput)):
         return source
     if isinstance(source, (str, bytes)) or not isinstance(source, Sequence):
@@ -224,4 +260,5 @@ def _video(source: Any, fps: float | None, where: str) -> Video | VisualInput:
             f"{where}: a video is a list of frames, got {type(source).__name__}; video files "
             "cannot be decoded yet"
         )
-    return Video(source, DEFAULT_FPS if fps is None else fps)
+    fps = part.get("fps")
+    return Video(source, DEFAULT_FPS if fps is None else fps, part.get("max_pixels"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -13,11 +14,15 @@ DEFAULT_FPS = 2.0  # the rate the model's own sampling uses
 
 @dataclass(frozen=True)
 class Video:
-    """Frames in order, `fps` of them per second of film. Frames share one size."""
+    """Frames in order, `fps` of them per second of film. Frames share one size.
+
+    max_pixels: most pixels of all resized frames together; None is the checkpoint's own budget.
+    """
 
     frames: Sequence[ImageSource]
     fps: float = DEFAULT_FPS
+    max_pixels: int | None = None
 
     def __post_init__(self) -> None:
-        if not self.fps > 0:
-            raise InputError(f"fps must be above 0, got {self.fps}")
+        if type(self.fps) not in (int, float) or not 0 < self.fps < math.inf:
+            raise InputError(f"fps must be a number above 0, got {self.fps!r}")
