@@ -163,7 +163,8 @@ def rename_weights(weights: Weights, config: ModelConfig) -> Weights:
     vision = config.vision
     hub_shape = (vision.in_channels, vision.temporal_patch_size, *[vision.patch_size] * 2)
     if conv in renamed and renamed[conv].shape[1:] == hub_shape:
-        renamed[conv] = renamed[conv].transpose(0, 2, 3, 4, 1)  # channels last
+        # Channels last, and laid out so: every pass sums over the time axis.
+        renamed[conv] = mx.contiguous(renamed[conv].transpose(0, 2, 3, 4, 1))
     return renamed
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from qwen3vl_mlx import Qwen3VL
 from qwen3vl_mlx.models.config import RopeConfig, YarnConfig
-from qwen3vl_mlx.models.rope import MRope
+from qwen3vl_mlx.models.rope import MRope, rotate
 
 YARN = YarnConfig(2.0, 4096, attention_factor=1.07)
 
@@ -21,7 +21,7 @@ def test_the_fused_kernel_and_the_table_agree(length: int, yarn: YarnConfig | No
     x = mx.random.normal((2, 3, length, 128), key=mx.random.key(0))
     first = mx.array([7, 3000])
     position_ids = mx.broadcast_to(first[:, None] + mx.arange(length), (3, 2, length))
-    turned = rope(x, rope.table(position_ids))
+    turned = rotate(x, *rope.table(position_ids))
     for rope.fused in (False, True):
         rotation = rope.rotation(first, length)
         assert isinstance(rotation, tuple) != rope.fused

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import mlx.core as mx
 
 # Scores that may be held at once where they must be materialised.
-SCORE_BYTES = 128 * 2**20
+SCORE_BYTES = 64 * 2**20
 
 
 def has_fused_kernel(head_dim: int, dtype: mx.Dtype) -> bool:
@@ -36,16 +38,20 @@ def full_attention(
         return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale)
     if segments > 1:
         size = max(1, score_bytes // (length * row))
-        parts = [
-            full_attention(q[i : i + size], k[i : i + size], v[i : i + size], scale, score_bytes)
-            for i in range(0, segments, size)
-        ]
-        return mx.concatenate(parts, axis=0)
+        spans = [slice(i, i + size) for i in range(0, segments, size)]
+        return _joined((full_attention(q[s], k[s], v[s], scale, score_bytes) for s in spans), 0)
     # Transposed in memory: backends without the kernel multiply plain matrices fastest.
     k = mx.contiguous(k.swapaxes(2, 3)).swapaxes(2, 3)
     size = max(1, score_bytes // row)
-    parts = [
-        mx.fast.scaled_dot_product_attention(q[:, :, i : i + size], k, v, scale=scale)
-        for i in range(0, length, size)
-    ]
-    return mx.concatenate(parts, axis=2)
+    chunks = (q[:, :, i : i + size] for i in range(0, length, size))
+    attend = mx.fast.scaled_dot_product_attention
+    return _joined((attend(chunk, k, v, scale=scale) for chunk in chunks), 2)
+
+
+def _joined(parts: Iterable[mx.array], axis: int) -> mx.array:
+    """The parts, each evaluated before the next: left lazy, all would hold their scores at once."""
+    done: list[mx.array] = []
+    for part in parts:
+        mx.eval(part)
+        done.append(part)
+    return mx.concatenate(done, axis=axis)

@@ -13,7 +13,7 @@ import mlx.core as mx
 
 from qwen3vl_mlx.models.config import RopeConfig, YarnConfig
 
-Rotation: TypeAlias = "tuple[mx.array, mx.array] | mx.array"  # cos and sin, or one offset per row
+Rotation: TypeAlias = "tuple[mx.array, mx.array] | mx.array"  # paired tables, or offsets per row
 
 
 def inverse_frequencies(theta: float, dim: int) -> mx.array:
@@ -73,11 +73,11 @@ class MRope:
         token where all axes count together.
         """
         if positions.ndim == 3:
-            return self.table(positions)
+            return paired(*self.table(positions))
         if self.fused:
             return positions
         counted = positions[:, None] + mx.arange(length)  # (B, L)
-        return self._cos_sin(counted[..., None].astype(mx.float32) * self.inv_freq)
+        return paired(*self._cos_sin(counted[..., None].astype(mx.float32) * self.inv_freq))
 
     def table(self, position_ids: mx.array) -> tuple[mx.array, mx.array]:
         """cos and sin of `position_ids` (3, B, L): each (B, 1, L, head_dim // 2), float32."""
@@ -93,7 +93,7 @@ class MRope:
     def __call__(self, x: mx.array, rotation: Rotation) -> mx.array:
         """Rotate x (B, heads, L, head_dim) by what `rotation` gave for this pass."""
         if isinstance(rotation, tuple):
-            return rotate(x, *rotation)
+            return turn(x, *rotation)
         return self.shift(x, rotation)
 
     def shift(self, x: mx.array, offset: mx.array) -> mx.array:
@@ -115,11 +115,19 @@ def _turn(x: mx.array, swapped: mx.array, cos: mx.array, sin: mx.array) -> mx.ar
     return (x.astype(mx.float32) * cos + swapped.astype(mx.float32) * sin).astype(x.dtype)
 
 
-def rotate(x: mx.array, cos: mx.array, sin: mx.array) -> mx.array:
-    """Rotate the halves of the last axis of x by tables that broadcast to (..., dim // 2)."""
+def paired(cos: mx.array, sin: mx.array) -> tuple[mx.array, mx.array]:
+    """Tables (..., dim // 2) as `turn` takes them: (..., 1, dim // 2) and (..., 2, dim // 2)."""
+    return cos[..., None, :], mx.stack([-sin, sin], axis=-2)
+
+
+def turn(x: mx.array, cos: mx.array, sin: mx.array) -> mx.array:
+    """Rotate the halves of the last axis of x by `paired` tables."""
     halves = mx.unflatten(x, -1, (2, -1))  # (..., 2, dim // 2)
     a, b = mx.split(halves, 2, axis=-2)
-    swapped = mx.concatenate([b, a], axis=-2)
-    signs = mx.array([[-1.0], [1.0]])
     # One fused kernel: the float32 values are never written out.
-    return mx.flatten(_turn(halves, swapped, cos[..., None, :], sin[..., None, :] * signs), -2)
+    return mx.flatten(_turn(halves, mx.concatenate([b, a], axis=-2), cos, sin), -2)
+
+
+def rotate(x: mx.array, cos: mx.array, sin: mx.array) -> mx.array:
+    """Rotate the halves of the last axis of x by tables that broadcast to (..., dim // 2)."""
+    return turn(x, *paired(cos, sin))

@@ -150,7 +150,10 @@ class PatchEmbed(nn.Module):
         still = patches.shape[1] * weight.shape[1] == weight.size // weight.shape[0]
         if still:
             weight = weight.astype(mx.float32).sum(axis=1).astype(weight.dtype)
-        return mx.addmm(self.proj.bias, patches, weight.reshape(weight.shape[0], -1).T)  # (N, D)
+        matrix = mx.contiguous(
+            weight.reshape(weight.shape[0], -1).T
+        )  # for CPU products, see loading
+        return mx.addmm(self.proj.bias, patches, matrix)  # (N, D)
 
 
 class Attention(nn.Module):
