@@ -12,6 +12,7 @@ from PIL import Image
 from qwen3vl_mlx import Qwen3VL
 from qwen3vl_mlx.engine import vision
 from qwen3vl_mlx.engine.vision import encode
+from qwen3vl_mlx.models.attention import full_attention, has_fused_kernel
 from qwen3vl_mlx.models.vision import VisionModel, VisionTables
 from qwen3vl_mlx.processing.image import VisualInput
 from qwen3vl_mlx.processing.video import Video
@@ -81,3 +82,21 @@ def test_identity_follows_pixels_grid_kind_and_nothing_else(
     assert len({medium.identity for medium in media}) == len(media)
     still = Video([noise(1, 96, 64)] * 2)
     assert processor.visual_input(still, processor.image_budget()).identity != again.identity
+
+
+def test_scores_are_held_one_chunk_at_a_time() -> None:
+    """Lazily chained chunks would all be in memory at once."""
+    q, k, v = (mx.random.normal((1, 2, 2048, 32), key=mx.random.key(i)) for i in range(3))
+    mx.eval(q, k, v)
+    limit = 2**20
+
+    def peak(score_bytes: int) -> int:
+        mx.clear_cache()
+        mx.reset_peak_memory()
+        before = mx.get_active_memory()
+        mx.eval(full_attention(q, k, v, 1.0, score_bytes))
+        return mx.get_peak_memory() - before
+
+    if not has_fused_kernel(32, mx.float32):
+        assert peak(2**40) > 2 * 2048 * 2048 * 4  # all scores
+    assert peak(limit) < 4 * limit + 3 * q.nbytes

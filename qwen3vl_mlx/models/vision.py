@@ -150,9 +150,8 @@ class PatchEmbed(nn.Module):
         still = patches.shape[1] * weight.shape[1] == weight.size // weight.shape[0]
         if still:
             weight = weight.astype(mx.float32).sum(axis=1).astype(weight.dtype)
-        matrix = mx.contiguous(
-            weight.reshape(weight.shape[0], -1).T
-        )  # for CPU products, see loading
+        # A contiguous right-hand side, for the same reason as in loading.column_major.
+        matrix = mx.contiguous(weight.reshape(weight.shape[0], -1).T)
         return mx.addmm(self.proj.bias, patches, matrix)  # (N, D)
 
 
