@@ -49,6 +49,7 @@ class Weight:
 def parameter_shapes(config: ModelConfig) -> dict[str, Shape]:
     """Every parameter of the unquantized model, by name. Takes no memory."""
     flat = tree_flatten(Model(config).parameters(), destination={})  # type: ignore[no-untyped-call]
+    assert isinstance(flat, dict)
     return {name: tensor.shape for name, tensor in flat.items()}
 
 
