@@ -39,3 +39,7 @@ class WeightsError(CheckpointError):
 
 class HubError(Qwen3VLError):
     """The Hub could not be reached, or does not hold what was asked for."""
+
+
+class OutputError(Qwen3VLError):
+    """A file or folder could not be written; nothing half-made is left."""

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -21,23 +20,15 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from qwen3vl_mlx.errors import CheckpointError, ConfigError, WeightsError
+from qwen3vl_mlx.layout import Column, Weights, hub_name, pieces
 from qwen3vl_mlx.models.config import (
     ModelConfig,
-    MoeConfig,
     Quantization,
     QuantizationConfig,
     read_config,
 )
 from qwen3vl_mlx.models.qwen3_vl import Model
 
-Weights = dict[str, mx.array]
-
-_PREFIXES = (  # checkpoint prefix, module prefix; the first match renames
-    ("model.language_model.", "language_model.model."),
-    ("model.visual.", "vision_tower."),
-    ("lm_head.", "language_model.lm_head."),
-)
-_EXPERTS = re.compile(r"^(?P<mlp>.*\.mlp)\.experts\.(?P<kind>gate_up_proj|down_proj)(\.weight)?$")
 _READ_BYTES = 64 * 2**20  # tensors are evaluated in groups of about this size
 _BAR_BYTES = 512 * 2**20  # less is read within a second
 
@@ -127,71 +118,17 @@ def weight_files(folder: Path) -> list[Path]:
     return files
 
 
-def module_name(name: str) -> str:
-    """A tensor's name in any layout, as this package's module tree has it (experts aside)."""
-    for prefix, ours in _PREFIXES:
-        if name.startswith(prefix):
-            return ours + name[len(prefix) :]
-    return name
-
-
-def hub_name(name: str) -> str:
-    """The inverse of `module_name`: a module's parameter as the Hub names it (experts aside)."""
-    for prefix, ours in _PREFIXES:
-        if name.startswith(ours):
-            return prefix + name[len(ours) :]
-    return name
-
-
 def rename_weights(weights: Weights, config: ModelConfig) -> Weights:
     """Names and axes of any layout to the module tree's. Lazy: nothing is read here."""
     renamed: Weights = {}
-    experts: dict[str, Weights] = {}
-    for source, tensor in weights.items():
-        name = module_name(source)
-        if match := _EXPERTS.match(name):
-            experts.setdefault(match["mlp"], {})[match["kind"]] = tensor
-            continue
-        if name in renamed:
-            raise WeightsError(f"{source} is there twice, under two naming schemes")
-        renamed[name] = tensor
-    for mlp, pair in experts.items():
-        if config.text.moe is None:
-            raise WeightsError(f"{mlp}.experts is there, but config.json describes no experts")
-        renamed.update(split_experts(mlp, pair, config.text.hidden_size, config.text.moe))
-    conv = "vision_tower.patch_embed.proj.weight"
-    vision = config.vision
-    hub_shape = (vision.in_channels, vision.temporal_patch_size, *[vision.patch_size] * 2)
-    if conv in renamed and renamed[conv].shape[1:] == hub_shape:
-        # Channels last, and laid out so: every pass sums over the time axis.
-        renamed[conv] = mx.contiguous(renamed[conv].transpose(0, 2, 3, 4, 1))
+    for piece in pieces({name: tensor.shape for name, tensor in weights.items()}, config):
+        renamed.update(piece.make([_column(column, weights) for column in piece.columns], 0))
     return renamed
 
 
-def split_experts(mlp: str, pair: Weights, hidden: int, moe: MoeConfig) -> Weights:
-    """One layer's fused expert tensors as `switch_mlp.{gate,up,down}_proj`, each (E, out, in).
-
-    The Hub keeps (E, H, 2I) and (E, I, H), transformers 5 (E, 2I, H) and (E, H, I). Where 2I = H
-    or I = H one tensor fits both, never the two together.
-    """
-    if missing := {"gate_up_proj", "down_proj"} - pair.keys():
-        raise WeightsError(f"{mlp}.experts.{missing.pop()} is missing")
-    count, inner = moe.num_experts, moe.moe_intermediate_size
-    gate_up, down = pair["gate_up_proj"], pair["down_proj"]
-    got = (gate_up.shape, down.shape)
-    hub = ((count, hidden, 2 * inner), (count, inner, hidden))
-    resaved = ((count, 2 * inner, hidden), (count, hidden, inner))
-    if got == hub:
-        gate_up, down = gate_up.swapaxes(1, 2), down.swapaxes(1, 2)
-    elif got != resaved:
-        raise WeightsError(
-            f"{mlp}.experts gate_up_proj and down_proj have shapes {got[0]} and {got[1]}, "
-            f"expected {hub[0]} and {hub[1]}, or {resaved[0]} and {resaved[1]}"
-        )
-    parts = {"gate_proj": gate_up[:, :inner], "up_proj": gate_up[:, inner:], "down_proj": down}
-    return {
-        f"{mlp}.switch_mlp.{name}.weight": mx.contiguous(tensor) for name, tensor in parts.items()
-    }
+def _column(column: Column, weights: Weights) -> mx.array:
+    tensors = [weights[name] for name in column.names]
+    return mx.stack(tensors) if column.kind == "stack" else tensors[0]
 
 
 def build_model(config: ModelConfig, weights: Mapping[str, mx.array]) -> Model:

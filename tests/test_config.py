@@ -322,9 +322,13 @@ ERRORS: dict[str, tuple[dict[str, Any], list[str]]] = {
     "a text": ({"text_config.vocab_size": "1024"}, ["text_config.vocab_size", "'1024'"]),
     "a boolean": ({"text_config.head_dim": True}, ["text_config.head_dim", "True"]),
     "tie no flag": ({"tie_word_embeddings": "yes"}, ["tie_word_embeddings", "'yes'"]),
-    "fp8": (
-        {"quantization_config": {"quant_method": "fp8", "fmt": "e4m3"}},
-        ["quantization_config.quant_method", "fp8"],
+    "gptq": (
+        {"quantization_config": {"quant_method": "gptq", "bits": 4}},
+        ["quantization_config.quant_method", "gptq"],
+    ),
+    "fp8 in other blocks": (
+        {"quantization_config": {"quant_method": "fp8", "weight_block_size": [64, 64]}},
+        ["quantization_config.weight_block_size", "64", "[128, 128]"],
     ),
     "no bits": ({"quantization": {"group_size": 64}}, ["quantization.bits"]),
     "mode": (

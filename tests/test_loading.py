@@ -33,14 +33,8 @@ from qwen3vl_mlx import loading
 from qwen3vl_mlx.api import Qwen3VL
 from qwen3vl_mlx.engine import generation
 from qwen3vl_mlx.engine.state import CacheState
-from qwen3vl_mlx.loading import (
-    build_model,
-    check_weights,
-    hub_name,
-    load_model,
-    module_name,
-    rename_weights,
-)
+from qwen3vl_mlx.layout import hub_name, module_name
+from qwen3vl_mlx.loading import build_model, check_weights, load_model, rename_weights
 from qwen3vl_mlx.models.config import read_config
 from qwen3vl_mlx.models.qwen3_vl import Model
 from qwen3vl_mlx.processing.prompt import Prompt

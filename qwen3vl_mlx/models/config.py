@@ -387,10 +387,13 @@ def _quantization(top: _Section) -> QuantizationConfig | None:
         section = top.section(key)
         if section.has("quant_method"):
             method = section.values["quant_method"]
+            if method == "fp8":
+                _check_fp8(section)
+                return None  # no setting of the model: its tensors are made whole as they are read
             raise section.error(
                 "quant_method",
-                f"is {method!r}: only MLX quantization can be loaded; "
-                "use an MLX or an unquantized checkpoint",
+                f"is {method!r}: only MLX quantization and FP8 blocks can be read; "
+                "use an MLX, FP8 or unquantized checkpoint",
             )
         overrides = {
             path: _module_quantization(_Section(value, section.name(path)))
@@ -401,6 +404,13 @@ def _quantization(top: _Section) -> QuantizationConfig | None:
         }
         return QuantizationConfig(_module_quantization(section), overrides)
     return None
+
+
+def _check_fp8(section: _Section) -> None:
+    """Only blocks of 128 x 128 with a scale each, as Qwen releases them."""
+    block = section.integers("weight_block_size", default=(128, 128))
+    if block != (128, 128):
+        raise section.error("weight_block_size", f"is {list(block)}, expected [128, 128]")
 
 
 def _module_quantization(section: _Section) -> Quantization:

@@ -1,0 +1,117 @@
+"""A folder that appears whole or not at all, whatever kills the process that writes it."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from qwen3vl_mlx.errors import InputError, OutputError
+
+_MARGIN = 64 * 2**20  # bytes a disk keeps free
+_LOCK = ".lock"
+
+
+def check_target(target: Path, source: Path | None, *, force: bool) -> None:
+    """Raise InputError unless `target` may be written: new, empty, or replaceable with `force`."""
+    if target.is_symlink() or (target.exists() and not target.is_dir()):
+        raise InputError(f"{target} is there and is not a folder; give another --output")
+    if source is not None and target.exists() and target.samefile(source):
+        raise InputError(f"{target} is the source itself; give another --output")
+    if source is not None and target.resolve() in source.resolve().parents:
+        raise InputError(f"{target} holds the source; give another --output")
+    if not target.exists() or not any(target.iterdir()):
+        return
+    if not force:
+        raise InputError(f"{target} is there already; --force replaces it")
+    if not (target / "config.json").exists():
+        raise InputError(f"{target} is not a checkpoint's folder: --force does not replace it")
+
+
+def check_space(folder: Path, nbytes: int) -> None:
+    """Raise OutputError unless the disk of `folder` (or its nearest parent) has room."""
+    while not folder.exists():
+        folder = folder.parent
+    free = shutil.disk_usage(folder).free
+    if free < nbytes + _MARGIN:
+        raise OutputError(
+            f"{nbytes / 1e9:.2f} GB are to be written and the disk of {folder} has "
+            f"{free / 1e9:.2f} GB free; make room or give another --output"
+        )
+
+
+@contextmanager
+def new_folder(target: Path) -> Iterator[Path]:
+    """A working folder beside `target` that becomes it when the block ends well.
+
+    What an earlier run left behind is cleared; a run that is still going is an InputError. An
+    existing `target` is replaced at the very end. See `check_target`.
+    """
+    target = target.absolute()
+    work = target.with_name(f".{target.name}.converting")
+    old = target.with_name(f".{target.name}.replaced")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        work.mkdir(exist_ok=True)
+        lock = os.open(work / _LOCK, os.O_CREAT | os.O_RDWR)
+    except OSError as error:
+        raise OutputError(f"{work} cannot be made: {error.strerror}") from error
+    try:
+        _lock(lock, target)
+        recover(target, old)
+        _clear(work)
+        yield work
+        (work / _LOCK).unlink()
+        _sync(work)
+        if target.exists():
+            os.rename(target, old)
+        os.rename(work, target)
+        _sync(target.parent)
+        shutil.rmtree(old, ignore_errors=True)
+    except OSError as error:
+        shutil.rmtree(work, ignore_errors=True)
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        reason = "the disk is full" if full else error
+        raise OutputError(f"{target} cannot be written: {reason}") from error
+    except BaseException as error:
+        if not isinstance(error, BusyError):
+            shutil.rmtree(work, ignore_errors=True)
+        raise
+    finally:
+        os.close(lock)
+
+
+class BusyError(InputError):
+    """Another process is writing the same target."""
+
+
+def _lock(lock: int, target: Path) -> None:
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise BusyError(f"{target} is being written by another process; wait for it") from None
+
+
+def recover(target: Path, old: Path) -> None:
+    """Finish or undo a replacement that was interrupted between its two renames."""
+    if old.exists() and not target.exists():
+        os.rename(old, target)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _clear(work: Path) -> None:
+    for path in work.iterdir():
+        if path.name != _LOCK:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def _sync(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
