@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from qwen3vl_mlx.errors import CheckpointError, ConfigError, WeightsError
-from qwen3vl_mlx.layout import Column, Weights, hub_name, pieces
+from qwen3vl_mlx.layout import Column, Weights, hub_name, module_name, pieces
 from qwen3vl_mlx.models.config import (
     ModelConfig,
     Quantization,
@@ -28,6 +28,8 @@ from qwen3vl_mlx.models.config import (
     read_config,
 )
 from qwen3vl_mlx.models.qwen3_vl import Model
+from qwen3vl_mlx.stream import Plan, Scaling, blocks, lazily, stored_bytes
+from qwen3vl_mlx.tensorfile import TensorReader
 
 _READ_BYTES = 64 * 2**20  # tensors are evaluated in groups of about this size
 _BAR_BYTES = 512 * 2**20  # less is read within a second
@@ -56,20 +58,106 @@ def load_model(
     weights = rename_weights(read_tensors(folder), config)
     model = build_model(config, weights)
     check_weights(weights, _shapes(model))
-    turned = matrices(model) if mx.default_device() == mx.Device(mx.cpu) else frozenset()
+    turned = _turned(model)
     total = sum(tensor.nbytes for tensor in weights.values())
-    with _bar(total, progress) as bar:
+    with progress_bar(total, "Loading", progress) as bar:
         for group in list(_groups(weights, _READ_BYTES)):
-            tensors = {name: _cast(weights.pop(name), dtype) for name in group}
-            for name in tensors.keys() & turned:
-                tensors[name] = column_major(tensors[name])
-                mx.eval(tensors[name])  # one by one: there are three copies until then
-            mx.eval(tensors)
-            model.load_weights(list(tensors.items()), strict=False)
+            tensors = {name: weights.pop(name) for name in group}
             bar.update(sum(tensor.nbytes for tensor in tensors.values()))
+            _install(model, tensors, dtype, turned)
             tensors.clear()
     model.eval()
     return model
+
+
+def load_quantized(
+    folder: Path,
+    modules: Mapping[str, Quantization],
+    dtype: mx.Dtype | None = None,
+    *,
+    config: ModelConfig | None = None,
+    scaling: Scaling | None = None,
+    progress: bool = False,
+) -> Model:
+    """`load_model` with `modules`, settings by path, quantized as their rows are read.
+
+    The whole model is never held: peak memory is the result, twice its largest tensor and a few
+    blocks. The result is what `load_model` reads from a checkpoint converted alike, bit by bit.
+    """
+    config = config or read_config(folder)
+    with TensorReader(weight_files(folder)) as reader:
+        work = plan(reader, config, modules, scaling=scaling)
+        model = quantized_model(effective_config(config, reader.shapes), modules)
+        expected, turned = _shapes(model), _turned(model)
+        waiting: dict[str, list[mx.array]] = {}
+        with progress_bar(stored_bytes(work, reader), "Quantizing", progress) as bar:
+            for block in blocks(work, reader):
+                mx.eval(block.parameters)
+                bar.update(block.read_bytes)
+                for name, rows in block.parameters.items():
+                    waiting.setdefault(name, []).append(rows)
+                whole = [
+                    name
+                    for name in block.parameters
+                    if sum(part.shape[0] for part in waiting[name]) == expected[name][0]
+                ]
+                for name in whole:  # one by one: the parts and the whole are there together
+                    _install(model, {name: _joined(waiting.pop(name))}, dtype, turned)
+                del block
+                mx.clear_cache()
+    model.eval()
+    return model
+
+
+def _joined(parts: list[mx.array]) -> mx.array:
+    return parts[0] if len(parts) == 1 else mx.concatenate(parts)
+
+
+def _install(
+    model: Model, tensors: Weights, dtype: mx.Dtype | None, turned: frozenset[str]
+) -> None:
+    """Evaluate tensors and hand them to the model."""
+    tensors = {name: _cast(tensor, dtype) for name, tensor in tensors.items()}
+    for name in tensors.keys() & turned:
+        tensors[name] = column_major(tensors[name])
+        mx.eval(tensors[name])  # one by one: there are three copies until then
+    mx.eval(tensors)
+    model.load_weights(list(tensors.items()), strict=False)
+
+
+def _turned(model: Model) -> frozenset[str]:
+    return matrices(model) if mx.default_device() == mx.Device(mx.cpu) else frozenset()
+
+
+def plan(
+    reader: TensorReader,
+    config: ModelConfig,
+    modules: Mapping[str, Quantization],
+    dtype: mx.Dtype | None = None,
+    scaling: Scaling | None = None,
+) -> Plan:
+    """How the tensors of `reader` become a model with `modules` quantized and the rest whole.
+
+    Modules stored with the very settings asked for are passed on as they are, unless `scaling`
+    is to change them. Raises WeightsError where the tensors are not exactly the model's.
+    """
+    stored = stored_settings(reader.shapes, config)
+    same = {p for p, settings in stored.items() if modules.get(p) == settings and scaling is None}
+    unpacked = {path: settings for path, settings in stored.items() if path not in same}
+    made = pieces(reader.shapes, config, unpacked)
+    weights: Weights = {}
+    for piece in made:
+        weights.update(lazily(piece, reader))
+    model = quantized_model(effective_config(config, weights), {p: modules[p] for p in same})
+    check_weights(weights, _shapes(model))
+    kept = {path: settings for path, settings in modules.items() if path not in same}
+    return Plan(made, kept, dtype, scaling)
+
+
+def stored_settings(names: Iterable[str], config: ModelConfig) -> dict[str, Quantization]:
+    """Settings of the modules that are stored quantized, by path."""
+    paths = [module_name(n).removesuffix(".scales") for n in names if n.endswith(".scales")]
+    return {path: module_quantization(config.quantization, path) for path in paths}
 
 
 def read_tensors(folder: Path) -> Weights:
@@ -131,22 +219,27 @@ def _column(column: Column, weights: Weights) -> mx.array:
     return mx.stack(tensors) if column.kind == "stack" else tensors[0]
 
 
+def effective_config(config: ModelConfig, names: Iterable[str]) -> ModelConfig:
+    """`config`, but a file that has an output head of its own has it used."""
+    head = any(module_name(name).startswith("language_model.lm_head.") for name in names)
+    return config.untied() if head and config.tie_word_embeddings else config
+
+
 def build_model(config: ModelConfig, weights: Mapping[str, mx.array]) -> Model:
     """An unevaluated `Model` whose modules are quantized wherever `weights` holds `.scales`."""
-    if "language_model.lm_head.weight" in weights and config.tie_word_embeddings:
-        config = config.untied()  # the file has a head of its own: use it
+    return quantized_model(effective_config(config, weights), stored_settings(weights, config))
+
+
+def quantized_model(config: ModelConfig, modules: Mapping[str, Quantization]) -> Model:
+    """An unevaluated `Model` with `modules`, settings by path, quantized."""
     model = Model(config)
-    quantized = {name.removesuffix(".scales") for name in weights if name.endswith(".scales")}
-    if not quantized:
+    if not modules:
         return model
-    if config.quantization is None:
-        raise ConfigError(f"config.json: quantization is missing, but {min(quantized)} has scales")
-    quantization = config.quantization
 
     def settings(path: str, module: nn.Module) -> bool | dict[str, int | str]:
-        if path not in quantized or not hasattr(module, "to_quantized"):
+        if path not in modules or not hasattr(module, "to_quantized"):
             return False
-        chosen = module_quantization(quantization, path)
+        chosen = modules[path]
         return {"group_size": chosen.group_size, "bits": chosen.bits, "mode": chosen.mode}
 
     try:
@@ -156,8 +249,10 @@ def build_model(config: ModelConfig, weights: Mapping[str, mx.array]) -> Model:
     return model
 
 
-def module_quantization(quantization: QuantizationConfig, path: str) -> Quantization:
+def module_quantization(quantization: QuantizationConfig | None, path: str) -> Quantization:
     """The settings of one quantized module: an override under any of its names, or the default."""
+    if quantization is None:
+        raise ConfigError(f"config.json: quantization is missing, but {path} has scales")
     short = path.removeprefix("language_model.")
     for name in (path, short, hub_name(path + ".").rstrip(".")):
         if name in quantization.overrides:
@@ -227,15 +322,14 @@ class _NoBar:
 
 
 @contextmanager
-def _bar(total: int, wanted: bool) -> Iterator[Any]:
+def progress_bar(total: int, label: str, wanted: bool) -> Iterator[Any]:
+    """A bar of bytes on stderr, where that is a terminal and the work takes over a second."""
     if not wanted or total < _BAR_BYTES or not sys.stderr.isatty():
         yield _NoBar()
         return
     from tqdm import tqdm
 
-    with tqdm(
-        total=total, desc="Loading", unit="B", unit_scale=True, delay=1.0, leave=False
-    ) as bar:
+    with tqdm(total=total, desc=label, unit="B", unit_scale=True, delay=1.0, leave=False) as bar:
         yield bar
 
 

@@ -86,6 +86,9 @@ class TensorReader:
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return {name: tensor.shape for name, tensor in self.tensors.items()}
 
+    def dtype(self, name: str) -> mx.Dtype:
+        return _READ_AS[self.tensors[name].dtype][1]
+
     def read(self, name: str, start: int, stop: int) -> Raw:
         """Rows [start, stop) of a tensor, in numpy's type of that size (see `as_array`)."""
         tensor = self.tensors[name]
@@ -105,8 +108,8 @@ class TensorReader:
 
     def as_array(self, name: str, rows: Raw) -> mx.array:
         """What `read` gave, in the tensor's own type; float8 stays codes."""
-        dtype = _READ_AS[self.tensors[name].dtype][1]
         array = mx.array(rows)
+        dtype = self.dtype(name)
         return array if array.dtype == dtype else array.view(dtype)
 
 
