@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Literal, TypeAlias
 
@@ -312,3 +312,56 @@ def _single_experts(
         make = partial(_split_experts, targets=[target], turned=False)
         made.append(Piece(tuple(columns), {target: (len(sources), *shapes.pop())}, make))
     return made
+
+
+def hub_pieces(made: Sequence[Piece]) -> list[Piece]:
+    """Pieces of whole parameters, turned into what makes the Hub's tensors of them."""
+    hub: list[Piece] = []
+    gated: dict[str, list[Piece]] = {}  # by layer: what makes its gate and up projections
+    for piece in made:
+        name = next(iter(piece.shapes))
+        mlp, _, kind = name.removesuffix("_proj.weight").rpartition(".switch_mlp.")
+        if not mlp:
+            hub.append(_hub_piece(piece, name))
+        elif kind == "down":
+            hub.append(_hub_experts(f"{mlp}.experts.down_proj", [piece], [name]))
+        else:
+            gated.setdefault(mlp, []).append(piece)
+    for mlp, parts in gated.items():
+        names = [f"{mlp}.switch_mlp.{kind}_proj.weight" for kind in ("gate", "up")]
+        hub.append(_hub_experts(f"{mlp}.experts.gate_up_proj", parts, names))
+    return hub
+
+
+def _hub_piece(piece: Piece, name: str) -> Piece:
+    target = hub_name(name)
+    if name != CONV:
+        return replace(
+            piece,
+            shapes={target: piece.shapes[name]},
+            make=lambda rows, start: {target: piece.make(rows, start)[name]},
+        )
+    out, *kernel, channels = piece.shapes[name]
+    return replace(
+        piece,
+        shapes={target: (out, channels, *kernel)},
+        make=lambda rows, start: {target: piece.make(rows, start)[name].transpose(0, 4, 1, 2, 3)},
+    )
+
+
+def _hub_experts(module: str, parts: Sequence[Piece], names: Sequence[str]) -> Piece:
+    """(E, out, in) parameters side by side, turned, as the Hub's one (E, in, outs)."""
+    target = hub_name(module)
+
+    def make(columns: Sequence[mx.array], start: int) -> Weights:
+        found: Weights = {}
+        left = list(columns)
+        for part in parts:
+            own, left = left[: len(part.columns)], left[len(part.columns) :]
+            found.update(part.make(own, start))
+        return {target: mx.concatenate([found[name] for name in names], axis=1).swapaxes(1, 2)}
+
+    shapes = {name: shape for part in parts for name, shape in part.shapes.items()}
+    count, out, inner = shapes[names[0]]
+    columns = tuple(column for part in parts for column in part.columns)
+    return Piece(columns, {target: (count, inner, out * len(names))}, make)

@@ -10,7 +10,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from io import FileIO
@@ -241,8 +241,11 @@ class ShardWriter:
         os.fsync(file.fileno())
         file.close()
 
-    def finish(self) -> None:
-        """Write the index, then read everything back: sizes, shapes and checksums must agree."""
+    def finish(self, progress: Callable[[int], object] = lambda _: None) -> None:
+        """Write the index, then read everything back: sizes, shapes and checksums must agree.
+
+        progress: told the bytes as they are read. Raises OutputError.
+        """
         short = [n for n, p in self._places.items() if self._written[n] != p.slot.nbytes]
         if short:
             raise AssertionError(f"{short[0]} was not written in full")
@@ -251,9 +254,9 @@ class ShardWriter:
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
         write_text(self.folder / "model.safetensors.index.json", json.dumps(index, indent=2))
         for path in [self.folder / name for name in self.names]:
-            self._verify(path)
+            self._verify(path, progress)
 
-    def _verify(self, path: Path) -> None:
+    def _verify(self, path: Path, progress: Callable[[int], object]) -> None:
         buffer = bytearray(_VERIFY_BYTES)
         stored = read_header(path)
         with FileIO(path) as file:
@@ -268,6 +271,7 @@ class ShardWriter:
                     count = file.readinto(memoryview(buffer)[: min(left, len(buffer))])
                     found.update(memoryview(buffer)[:count])
                     left -= count or left
+                    progress(count)
                 if (tensor.offset, tensor.dtype, tensor.shape) != expected or (
                     found.digest() != self._sums[name].digest()
                 ):

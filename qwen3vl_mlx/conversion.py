@@ -1,0 +1,270 @@
+"""A checkpoint in any layout, written again: quantized or whole, for MLX or for transformers.
+
+Tensors flow through block by block (see `stream`), into a folder that appears whole or not at all
+(see `publish`).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+
+from qwen3vl_mlx.card import CardFacts, model_card, source_license
+from qwen3vl_mlx.errors import CheckpointError, ConfigError
+from qwen3vl_mlx.hub import Snapshot
+from qwen3vl_mlx.layout import hub_pieces
+from qwen3vl_mlx.loading import effective_config, plan, progress_bar, weight_files
+from qwen3vl_mlx.models.config import ModelConfig, parse_config
+from qwen3vl_mlx.publish import check_space, check_target, new_folder
+from qwen3vl_mlx.quant.apply import (
+    Assignment,
+    Shape,
+    Weight,
+    config_section,
+    parameter_shapes,
+)
+from qwen3vl_mlx.stream import Plan, Scaling, blocks, slots, stored_bytes
+from qwen3vl_mlx.tensorfile import (
+    ShardWriter,
+    Slot,
+    TensorReader,
+    make_shards,
+    raw_bytes,
+    write_text,
+)
+
+SHARD_BYTES = 5 * 2**30
+DTYPES = {"bfloat16": mx.bfloat16, "float16": mx.float16, "float32": mx.float32}
+
+_KEPT = ("*.json", "*.jinja", "*.txt", "LICENSE*")  # configs, processor, tokenizer, template
+_MADE = ("config.json", "model.safetensors.index.json", "README.md")
+_HOISTED = ("eos_token_id", "temperature", "top_p", "top_k", "do_sample")  # as mlx-vlm reads them
+
+
+@dataclass(frozen=True)
+class Source:
+    """A checkpoint to convert: where it came from, and what its config.json says."""
+
+    snapshot: Snapshot
+    values: Mapping[str, Any]
+    config: ModelConfig
+
+    @property
+    def name(self) -> str:
+        return self.snapshot.repo_id or self.snapshot.folder.resolve().name
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a conversion made."""
+
+    source: str
+    commit: str | None
+    output: str
+    recipe: str
+    parameters: int
+    nbytes: int  # of tensors
+    quantized: int  # modules
+    whole: Mapping[str, str]  # modules that could not be quantized, and why
+    seconds: float
+
+    @property
+    def bits_per_weight(self) -> float:
+        return 8 * self.nbytes / self.parameters
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**vars(self), "bits_per_weight": round(self.bits_per_weight, 4)}
+
+
+def open_source(snapshot: Snapshot) -> Source:
+    """Read a checkpoint's config. Raises CheckpointError or ConfigError."""
+    path = snapshot.folder / "config.json"
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(
+            f"{snapshot.folder} has no config.json: give the folder of a Qwen3-VL checkpoint"
+        ) from None
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read as JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise ConfigError("config.json: the top level must be an object")
+    return Source(snapshot, values, parse_config(values))
+
+
+def convert(
+    source: Source,
+    target: Path,
+    assignment: Assignment | None = None,
+    *,
+    dtype: mx.Dtype | None = None,
+    scaling: Scaling | None = None,
+    to_hf: bool = False,
+    name: str | None = None,
+    force: bool = False,
+    shard_bytes: int = SHARD_BYTES,
+    progress: bool = False,
+) -> Report:
+    """Write `source` to the folder `target`: as MLX files, or with `to_hf` in the Hub's layout.
+
+    assignment: the modules to quantize; None writes everything whole, whatever it was.
+    dtype: of floating-point tensors; None keeps each as it is stored (FP8 becomes bfloat16).
+    name: what the model card calls it, by default the folder's name.
+    force: replace an existing checkpoint. shard_bytes: largest file, unless one tensor has more.
+    Raises InputError, WeightsError, or OutputError where the disk is too small or fails; then
+    `target` is as it was.
+    """
+    began = time.perf_counter()
+    check_target(target, source.snapshot.folder, force=force)
+    modules = assignment.modules if assignment is not None else {}
+    with TensorReader(weight_files(source.snapshot.folder)) as reader:
+        work = plan(reader, source.config, modules, dtype, scaling)
+        if to_hf:
+            work = replace(work, pieces=hub_pieces(work.pieces))
+        groups = slots(work, reader)
+        shapes = parameter_shapes(effective_config(source.config, reader.shapes))
+        facts = _facts(source, target, assignment, groups, shapes, name)
+        with new_folder(target) as folder:
+            shards = make_shards(groups, shard_bytes)
+            writer = ShardWriter(folder, shards, {"format": "pt" if to_hf else "mlx"})
+            check_space(folder, writer.nbytes)
+            _write_weights(writer, work, reader, progress=progress)
+            copy_files(source.snapshot.folder, folder)
+            values = output_config(source, assignment, groups, hub=to_hf)
+            write_text(folder / "config.json", json.dumps(values, indent=2, sort_keys=True))
+            if not to_hf:
+                write_text(folder / "README.md", model_card(facts))
+    return Report(
+        source=source.name,
+        commit=source.snapshot.commit,
+        output=str(target),
+        recipe=facts.recipe,
+        parameters=facts.weight.parameters,
+        nbytes=facts.nbytes,
+        quantized=len(modules),
+        whole=assignment.whole if assignment is not None else {},
+        seconds=time.perf_counter() - began,
+    )
+
+
+def _write_weights(
+    writer: ShardWriter, work: Plan, reader: TensorReader, *, progress: bool
+) -> None:
+    """Stream all tensors to disk and check what arrived there."""
+    from concurrent.futures import Future, ThreadPoolExecutor
+
+    pending: list[Future[None]] = []
+
+    def write(parts: Mapping[str, memoryview]) -> None:
+        for name, data in parts.items():
+            writer.write(name, data)
+
+    try:
+        with (
+            progress_bar(stored_bytes(work, reader), "Converting", progress) as bar,
+            ThreadPoolExecutor(max_workers=1) as pool,
+        ):
+            for block in blocks(work, reader):
+                parts = {name: raw_bytes(rows) for name, rows in block.parameters.items()}
+                while pending:  # one block is written while the next is made
+                    pending.pop().result()
+                pending.append(pool.submit(write, parts))
+                bar.update(block.read_bytes)
+                mx.clear_cache()
+            while pending:
+                pending.pop().result()
+        with progress_bar(writer.nbytes, "Verifying", progress) as bar:
+            writer.finish(bar.update)
+    finally:
+        writer.close()
+
+
+def copy_files(source: Path, target: Path) -> None:
+    """Everything beside the weights: processor, tokenizer, template, generation settings."""
+    for pattern in _KEPT:
+        for path in sorted(source.glob(pattern)):
+            if path.name not in _MADE and path.is_file():
+                shutil.copyfile(path, target / path.name)
+
+
+def output_config(
+    source: Source,
+    assignment: Assignment | None,
+    groups: Iterable[Sequence[Slot]],
+    *,
+    hub: bool,
+) -> dict[str, Any]:
+    """config.json of the result, in the Hub's dialect, with MLX's `quantization` if there is any.
+
+    Generation settings stand in it too, where mlx-vlm looks for them.
+    """
+    values = hub_dialect(source.values)
+    for key in ("_name_or_path", "torch_dtype", "quantization", "quantization_config"):
+        values.pop(key, None)
+    values.pop("generation_config", None)
+    if len(types := float_types(groups)) == 1:
+        values["dtype"] = values["text_config"]["dtype"] = types[0]
+    if hub:
+        return values
+    path = source.snapshot.folder / "generation_config.json"
+    if path.exists():
+        generation = json.loads(path.read_text(encoding="utf-8"))
+        values["generation_config"] = generation
+        values |= {key: generation[key] for key in _HOISTED if key in generation}
+    if assignment is not None and assignment.modules:
+        section = config_section(assignment)
+        values |= {"quantization": section, "quantization_config": section}
+    return values
+
+
+def hub_dialect(values: Mapping[str, Any]) -> dict[str, Any]:
+    """config.json in the words of transformers 4.57, which every reader knows."""
+    text, vision = dict(values["text_config"]), dict(values["vision_config"])
+    if rope := text.pop("rope_parameters", None):
+        text["rope_theta"] = rope.get("rope_theta", text.get("rope_theta"))
+        text["rope_scaling"] = {key: value for key, value in rope.items() if key != "rope_theta"}
+    if (experts := text.pop("num_local_experts", None)) is not None:
+        text["num_experts"] = experts
+    if "tie_word_embeddings" in values:
+        text["tie_word_embeddings"] = values["tie_word_embeddings"]
+    vision["model_type"] = values["model_type"]
+    return {**values, "text_config": text, "vision_config": vision}
+
+
+def _facts(
+    source: Source,
+    target: Path,
+    assignment: Assignment | None,
+    groups: Sequence[Sequence[Slot]],
+    shapes: Mapping[str, Shape],
+    name: str | None,
+) -> CardFacts:
+    """What the model card says."""
+    nbytes = sum(slot.nbytes for group in groups for slot in group)
+    return CardFacts(
+        name=name or target.name,
+        source=source.name,
+        recipe=assignment.name if assignment is not None else "none: weights are whole",
+        assignment=assignment,
+        weight=Weight(sum(map(math.prod, shapes.values())), nbytes),
+        shapes=shapes,
+        nbytes=nbytes,
+        dtype=", ".join(float_types(groups)),
+        repo_id=source.snapshot.repo_id,
+        commit=source.snapshot.commit,
+        license=source_license(source.snapshot.folder, source.snapshot.repo_id),
+    )
+
+
+def float_types(groups: Iterable[Sequence[Slot]]) -> list[str]:
+    """Names of the floating-point types in use, as config.json spells them."""
+    used = {slot.dtype for group in groups for slot in group}
+    return [name for name, dtype in DTYPES.items() if dtype in used]
