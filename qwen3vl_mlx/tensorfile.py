@@ -6,10 +6,10 @@ JSON header of names, types, shapes and byte ranges, then the data.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import os
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -200,7 +200,7 @@ class ShardWriter:
             for slot in _aligned(slots):
                 self._places[slot.name] = _Place(number, offset, slot)
                 offset += slot.nbytes
-        self._sums = {name: hashlib.sha256() for name in self._places}
+        self._sums = dict.fromkeys(self._places, 0)
         self._written = dict.fromkeys(self._places, 0)
         self._left = [sum(slot.nbytes for slot in slots) for slots in shards]
         self._files: dict[int, FileIO] = {}
@@ -223,7 +223,7 @@ class ShardWriter:
                 view = view[file.write(view) :]
         except OSError as error:
             raise OutputError(f"{self.folder} cannot be written: {error.strerror}") from error
-        self._sums[name].update(data)
+        self._sums[name] = zlib.crc32(data, self._sums[name])
         self._written[name] += len(data)
         self._left[place.shard] -= len(data)
         if not self._left[place.shard]:
@@ -264,17 +264,16 @@ class ShardWriter:
                 place = self._places[name]
                 slot = place.slot
                 expected = (place.offset, _WRITE_AS[slot.dtype], slot.shape)
-                found = hashlib.sha256()
+                found = 0
                 file.seek(tensor.offset)
                 left = slot.nbytes
                 while left:
                     count = file.readinto(memoryview(buffer)[: min(left, len(buffer))])
-                    found.update(memoryview(buffer)[:count])
+                    found = zlib.crc32(memoryview(buffer)[:count], found)
                     left -= count or left
                     progress(count)
-                if (tensor.offset, tensor.dtype, tensor.shape) != expected or (
-                    found.digest() != self._sums[name].digest()
-                ):
+                got = (tensor.offset, tensor.dtype, tensor.shape)
+                if got != expected or found != self._sums[name]:
                     raise OutputError(
                         f"{path}: {name} does not read back as it was written; the disk may be "
                         "failing: convert again, to another disk"
