@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from qwen3vl_mlx.api import Chat, Qwen3VL, load
+    from qwen3vl_mlx.api import Qwen3VL, load
+    from qwen3vl_mlx.conversation import Chat
     from qwen3vl_mlx.engine.output import Chunk, Completion, ToolCall, Usage
     from qwen3vl_mlx.engine.sampling import SamplingParams
     from qwen3vl_mlx.errors import CheckpointError, HubError, InputError, Qwen3VLError
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _EXPORTS = {
-    "Chat": "api",
+    "Chat": "conversation",
     "CheckpointError": "errors",
     "Chunk": "engine.output",
     "Completion": "engine.output",

@@ -13,13 +13,14 @@ import time
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 
 from qwen3vl_mlx import hub
+from qwen3vl_mlx.conversation import Chat, VideoSource, as_messages
 from qwen3vl_mlx.engine import generation
 from qwen3vl_mlx.engine.answer import Request, answer
 from qwen3vl_mlx.engine.memory import wire_memory
@@ -27,15 +28,15 @@ from qwen3vl_mlx.engine.output import Chunk, Completion, collect
 from qwen3vl_mlx.engine.sampling import SamplingParams, default_params
 from qwen3vl_mlx.engine.state import CacheState
 from qwen3vl_mlx.errors import CheckpointError, InputError, PromptError
-from qwen3vl_mlx.loading import default_dtype, load_model
+from qwen3vl_mlx.loading import default_dtype, load_model, load_quantized
 from qwen3vl_mlx.media import ImageSource
-from qwen3vl_mlx.models.config import read_config
+from qwen3vl_mlx.models.config import ModelConfig, read_config
 from qwen3vl_mlx.models.qwen3_vl import Model
 from qwen3vl_mlx.processing.processor import MaxPixels, Messages, Processor
 from qwen3vl_mlx.processing.prompt import Prompt
-from qwen3vl_mlx.processing.video import Video
 
-VideoSource: TypeAlias = "Video | Sequence[ImageSource]"
+if TYPE_CHECKING:
+    from qwen3vl_mlx.quant.recipes import Recipe
 
 _END_TOKENS = ("<|im_end|>", "<|endoftext|>")
 
@@ -43,25 +44,53 @@ _END_TOKENS = ("<|im_end|>", "<|endoftext|>")
 def load(
     model: str | os.PathLike[str] | None = None,
     *,
+    quantize: str | Recipe | None = None,
+    topology: str | os.PathLike[str] | None = None,
     dtype: mx.Dtype | None = None,
     revision: str | None = None,
     progress: bool = False,
 ) -> Qwen3VL:
     """Load a checkpoint: a folder, a Hub id, or "demo".
 
-    None is $QWEN3VL_MODEL, or mlx-community/Qwen3-VL-4B-Instruct-4bit. dtype None keeps the
-    checkpoint's floating-point type on a GPU and is float32 on a CPU. progress shows a bar on a
-    terminal where reading the weights takes over a second. Raises CheckpointError, ConfigError,
-    WeightsError or HubError.
+    None is $QWEN3VL_MODEL, or mlx-community/Qwen3-VL-4B-Instruct-4bit. quantize: "2bit" to "8bit",
+    "mxfp4", "mxfp8", "nvfp4", "mixed_3_6", "auto" (the best that fits this machine), a name of
+    mistral.rs ("q4k"), or a `Recipe`: weights are quantized as they are read, and the whole model
+    is never held. topology: a YAML file of exceptions to it. dtype None keeps the checkpoint's
+    floating-point type on a GPU and is float32 on a CPU. progress shows a bar on a terminal where
+    reading the weights takes over a second. Raises CheckpointError, ConfigError, WeightsError,
+    HubError, or InputError for an unknown quantization.
     """
-    folder = hub.resolve(hub.default_model() if model is None else model, revision)
-    config = read_config(folder)
+    source = hub.snapshot(hub.default_model() if model is None else model, revision)
+    config = read_config(source.folder)
     # A tokenizer of 150,000 tokens takes as long to read as a small model's weights.
     with ThreadPoolExecutor(max_workers=1) as pool:
-        processor = pool.submit(Processor.from_folder, folder, config)
-        weights = load_model(folder, dtype or default_dtype(), config=config, progress=progress)
+        processor = pool.submit(Processor.from_folder, source.folder, config)
+        weights = _load_weights(source.folder, config, quantize, topology, dtype, progress)
     wire_memory()
-    return Qwen3VL(weights, processor.result(), read_generation_config(folder))
+    generation_config = read_generation_config(source.folder)
+    return Qwen3VL(weights, processor.result(), generation_config, source)
+
+
+def _load_weights(
+    folder: Path,
+    config: ModelConfig,
+    quantize: str | Recipe | None,
+    topology: str | os.PathLike[str] | None,
+    dtype: mx.Dtype | None,
+    progress: bool,
+) -> Model:
+    dtype = dtype or default_dtype()
+    if quantize is None and topology is not None:
+        raise InputError('a topology file holds exceptions: say from what, quantize="4bit"')
+    if quantize is not None:
+        from qwen3vl_mlx.quant import policy
+
+        assignment = policy.choose(config, policy.Request(quantize, topology=topology))
+        if assignment is not None:
+            return load_quantized(
+                folder, assignment.modules, dtype, config=config, progress=progress
+            )
+    return load_model(folder, dtype, config=config, progress=progress)
 
 
 def read_generation_config(folder: Path) -> Mapping[str, Any]:
@@ -83,9 +112,17 @@ def read_generation_config(folder: Path) -> Mapping[str, Any]:
 class Qwen3VL:
     """A loaded model. Holds weights and settings; every request brings its own state."""
 
-    def __init__(self, model: Model, processor: Processor, generation_config: Mapping[str, Any]):
+    def __init__(
+        self,
+        model: Model,
+        processor: Processor,
+        generation_config: Mapping[str, Any],
+        source: hub.Snapshot,
+    ):
         self.model = model
         self.processor = processor
+        self.source = source
+        self._running = 0
         try:
             self.default_params = default_params(generation_config)
         except InputError as error:
@@ -198,7 +235,49 @@ class Qwen3VL:
             add_vision_id=add_vision_id,
         )
         request = self.request(prompt, params, tools=bool(tools), started=started)
-        return answer(self.model, self.processor.tokenizer, request, self.new_state())
+        return self.run(request, self.new_state())
+
+    def run(self, request: Request, state: CacheState) -> Generator[Chunk, None, None]:
+        """Answer a request from `request()`, on a state from `new_state()` or an earlier turn."""
+        self._running += 1
+        try:
+            yield from answer(self.model, self.processor.tokenizer, request, state)
+        finally:
+            self._running -= 1
+
+    def requantize(
+        self,
+        quantize: str | Recipe,
+        *,
+        topology: str | os.PathLike[str] | None = None,
+        progress: bool = False,
+    ) -> None:
+        """Read the source again and quantize it to other bits: see `load`.
+
+        Old and new weights are held together until the new ones are complete, so that a failure
+        changes nothing. Chats go on, computing their earlier turns anew. Raises InputError while
+        an answer is being generated.
+        """
+        if self._running:
+            raise InputError(
+                f"{self._running} requests are running: requantize when they have ended"
+            )
+        config = read_config(self.source.folder)
+        dtype = self.model.vision_tower.patch_embed.proj.weight.dtype
+        self.model = _load_weights(self.source.folder, config, quantize, topology, dtype, progress)
+        wire_memory()
+
+    def save(
+        self, folder: str | os.PathLike[str], *, force: bool = False, progress: bool = False
+    ) -> None:
+        """Write the model as it is now, quantized or not, to a folder that `load` reads back.
+
+        It loads bit-equal here, and in mlx-vlm. force replaces an existing checkpoint. Raises
+        InputError, or OutputError where the disk does not take it; then nothing is changed.
+        """
+        from qwen3vl_mlx.saving import save_model
+
+        save_model(self.model, self.source, Path(folder).expanduser(), force, progress)
 
     def request(
         self, prompt: Prompt, params: SamplingParams, *, tools: bool, started: float
@@ -275,114 +354,6 @@ class Qwen3VL:
         return CacheState.empty(self.model.config.text.num_hidden_layers)
 
 
-class Chat:
-    """A conversation with one model. Earlier turns are not computed again."""
-
-    def __init__(
-        self,
-        model: Qwen3VL,
-        system: str | None,
-        tools: Sequence[Mapping[str, Any]] | None,
-        params: SamplingParams,
-        min_pixels: int | None,
-        max_pixels: MaxPixels,
-    ):
-        self.model = model
-        self.tools = tools
-        self.params = params
-        self.budget = model.processor.image_budget(min_pixels, max_pixels)
-        self.messages: list[Mapping[str, Any]] = []
-        if system is not None:
-            self.messages.append({"role": "system", "content": system})
-        self.state = model.new_state()
-        self._running: Generator[Chunk, None, None] | None = None
-
-    def send(
-        self,
-        content: str | None = None,
-        *,
-        images: Sequence[ImageSource] = (),
-        videos: Sequence[VideoSource] = (),
-    ) -> Completion:
-        """Say something, with pictures if you like, and return the whole answer.
-
-        content None adds no turn: the model goes on after `add_tool_result`.
-        """
-        return collect(self.stream(content, images=images, videos=videos))
-
-    def stream(
-        self,
-        content: str | None = None,
-        *,
-        images: Sequence[ImageSource] = (),
-        videos: Sequence[VideoSource] = (),
-    ) -> Iterator[Chunk]:
-        """`send`, chunk by chunk. Closing the iterator keeps the turn and what was said so far.
-
-        A turn that fails before its first token leaves no trace. A chat gives one answer at a
-        time: asking again closes an answer that is still open.
-        """
-        started = time.perf_counter()
-        if self._running is not None:
-            self._running.close()
-        turn: list[Mapping[str, Any]] = []
-        if content is not None:
-            if not isinstance(content, str):
-                raise InputError(f"send() takes a text, got {type(content).__name__}")
-            seen = self.model.processor.read(as_messages(content, images, videos), self.budget)
-            turn.extend(seen)
-        elif images or videos:
-            raise InputError("images and videos need a text: send(content, images=...)")
-        messages = [*self.messages, *turn]
-        prompt = self.model.processor.prompt(messages, tools=self.tools)
-        request = self.model.request(prompt, self.params, tools=bool(self.tools), started=started)
-        self._running = self._record(turn, request)
-        return self._running
-
-    def add_tool_result(
-        self, call_id: str, content: str, *, images: Sequence[ImageSource] = ()
-    ) -> None:
-        """Note a tool's answer to the call `call_id`; `send()` lets the model read it."""
-        if not isinstance(content, str):
-            raise InputError(f"a tool's result is a text, got {type(content).__name__}")
-        message = as_messages(content, images, ())[0]
-        seen = self.model.processor.read([message], self.budget)[0]
-        self.messages.append({**seen, "role": "tool", "tool_call_id": call_id})
-
-    def _record(
-        self, turn: Sequence[Mapping[str, Any]], request: Request
-    ) -> Generator[Chunk, None, None]:
-        chunks: list[Chunk] = []
-        try:
-            for chunk in answer(
-                self.model.model, self.model.processor.tokenizer, request, self.state
-            ):
-                chunks.append(chunk)
-                yield chunk
-        finally:
-            if chunks:
-                self.messages += [*turn, _assistant_message(chunks)]
-
-
-def _assistant_message(chunks: Sequence[Chunk]) -> Mapping[str, Any]:
-    message: dict[str, Any] = {
-        "role": "assistant",
-        "content": "".join(chunk.text for chunk in chunks),
-    }
-    if reasoning := "".join(chunk.reasoning for chunk in chunks):
-        message["reasoning_content"] = reasoning
-    if calls := [call for chunk in chunks for call in chunk.tool_calls]:
-        message["tool_calls"] = [
-            {
-                "id": call.id,
-                "type": "function",
-                "function": {"name": call.name, "arguments": call.arguments},
-            }
-            for call in calls
-        ]
-    return message
-
-
 def eos_token_ids(generation_config: Mapping[str, Any], processor: Processor) -> frozenset[int]:
     """Every id that ends an answer: the file's, and the two all Qwen3-VL models end with."""
     given = generation_config.get("eos_token_id")
@@ -393,26 +364,3 @@ def eos_token_ids(generation_config: Mapping[str, Any], processor: Processor) ->
         )
     added = processor.tokenizer.added_tokens
     return frozenset([*ids, *(added[name] for name in _END_TOKENS if name in added)])
-
-
-def as_messages(
-    messages: str | Messages, images: Sequence[ImageSource], videos: Sequence[VideoSource]
-) -> Messages:
-    """A plain prompt with its pictures as one user message; messages as they are."""
-    if not isinstance(messages, str):
-        if images or videos:
-            raise InputError("images= and videos= go with a plain prompt; put them into messages")
-        return messages
-    for name, value in (("images", images), ("videos", videos)):
-        if isinstance(value, (str, bytes)) or not isinstance(value, Sequence):
-            raise InputError(f"{name} must be a list, got {type(value).__name__}: {name}=[...]")
-    return [
-        {
-            "role": "user",
-            "content": [
-                *({"type": "image", "image": image} for image in images),
-                *({"type": "video", "video": video} for video in videos),
-                {"type": "text", "text": messages},
-            ],
-        }
-    ]

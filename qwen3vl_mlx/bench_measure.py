@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, TypedDict
 import mlx.core as mx
 import numpy as np
 
-from qwen3vl_mlx.api import Qwen3VL, as_messages
+from qwen3vl_mlx.api import Qwen3VL
+from qwen3vl_mlx.conversation import as_messages
 from qwen3vl_mlx.engine.answer import answer
 from qwen3vl_mlx.engine.output import collect
 from qwen3vl_mlx.engine.sampling import SamplingParams

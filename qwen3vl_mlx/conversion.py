@@ -10,7 +10,7 @@ import json
 import math
 import shutil
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -46,6 +46,13 @@ DTYPES = {"bfloat16": mx.bfloat16, "float16": mx.float16, "float32": mx.float32}
 
 _KEPT = ("*.json", "*.jinja", "*.txt", "LICENSE*")  # configs, processor, tokenizer, template
 _MADE = ("config.json", "model.safetensors.index.json", "README.md")
+_DROPPED = (
+    "_name_or_path",
+    "torch_dtype",
+    "quantization",
+    "quantization_config",
+    "generation_config",
+)
 _HOISTED = ("eos_token_id", "temperature", "top_p", "top_k", "do_sample")  # as mlx-vlm reads them
 
 
@@ -131,17 +138,9 @@ def convert(
             work = replace(work, pieces=hub_pieces(work.pieces))
         groups = slots(work, reader)
         shapes = parameter_shapes(effective_config(source.config, reader.shapes))
-        facts = _facts(source, target, assignment, groups, shapes, name)
-        with new_folder(target) as folder:
-            shards = make_shards(groups, shard_bytes)
-            writer = ShardWriter(folder, shards, {"format": "pt" if to_hf else "mlx"})
-            check_space(folder, writer.nbytes)
-            _write_weights(writer, work, reader, progress=progress)
-            copy_files(source.snapshot.folder, folder)
-            values = output_config(source, assignment, groups, hub=to_hf)
-            write_text(folder / "config.json", json.dumps(values, indent=2, sort_keys=True))
-            if not to_hf:
-                write_text(folder / "README.md", model_card(facts))
+        facts = card_facts(source, target, assignment, groups, shapes, name)
+        output = Output(source, target, groups, assignment, to_hf=to_hf, shard_bytes=shard_bytes)
+        write_checkpoint(output, facts, lambda w: _write_weights(w, work, reader, progress))
     return Report(
         source=source.name,
         commit=source.snapshot.commit,
@@ -155,9 +154,38 @@ def convert(
     )
 
 
-def _write_weights(
-    writer: ShardWriter, work: Plan, reader: TensorReader, *, progress: bool
+@dataclass(frozen=True)
+class Output:
+    """What a checkpoint's folder is to hold."""
+
+    source: Source
+    target: Path
+    groups: Sequence[Sequence[Slot]]  # tensors, in groups that share a file
+    assignment: Assignment | None
+    to_hf: bool = False
+    shard_bytes: int = SHARD_BYTES
+
+
+def write_checkpoint(
+    output: Output, facts: CardFacts, write: Callable[[ShardWriter], None]
 ) -> None:
+    """Make a checkpoint's folder, whole or not at all; `write` writes and checks its tensors."""
+    with new_folder(output.target) as folder:
+        shards = make_shards(output.groups, output.shard_bytes)
+        writer = ShardWriter(folder, shards, {"format": "pt" if output.to_hf else "mlx"})
+        check_space(folder, writer.nbytes)
+        try:
+            write(writer)
+        finally:
+            writer.close()
+        copy_files(output.source.snapshot.folder, folder)
+        values = output_config(output)
+        write_text(folder / "config.json", json.dumps(values, indent=2, sort_keys=True))
+        if not output.to_hf:
+            write_text(folder / "README.md", model_card(facts))
+
+
+def _write_weights(writer: ShardWriter, work: Plan, reader: TensorReader, progress: bool) -> None:
     """Stream all tensors to disk and check what arrived there."""
     from concurrent.futures import Future, ThreadPoolExecutor
 
@@ -167,24 +195,26 @@ def _write_weights(
         for name, data in parts.items():
             writer.write(name, data)
 
-    try:
-        with (
-            progress_bar(stored_bytes(work, reader), "Converting", progress) as bar,
-            ThreadPoolExecutor(max_workers=1) as pool,
-        ):
-            for block in blocks(work, reader):
-                parts = {name: raw_bytes(rows) for name, rows in block.parameters.items()}
-                while pending:  # one block is written while the next is made
-                    pending.pop().result()
-                pending.append(pool.submit(write, parts))
-                bar.update(block.read_bytes)
-                mx.clear_cache()
-            while pending:
+    with (
+        progress_bar(stored_bytes(work, reader), "Converting", progress) as bar,
+        ThreadPoolExecutor(max_workers=1) as pool,
+    ):
+        for block in blocks(work, reader):
+            parts = {name: raw_bytes(rows) for name, rows in block.parameters.items()}
+            while pending:  # one block is written while the next is made
                 pending.pop().result()
-        with progress_bar(writer.nbytes, "Verifying", progress) as bar:
-            writer.finish(bar.update)
-    finally:
-        writer.close()
+            pending.append(pool.submit(write, parts))
+            bar.update(block.read_bytes)
+            mx.clear_cache()
+        while pending:
+            pending.pop().result()
+    verify(writer, progress)
+
+
+def verify(writer: ShardWriter, progress: bool) -> None:
+    """Read everything back from disk. Raises OutputError."""
+    with progress_bar(writer.nbytes, "Verifying", progress) as bar:
+        writer.finish(bar.update)
 
 
 def copy_files(source: Path, target: Path) -> None:
@@ -195,32 +225,25 @@ def copy_files(source: Path, target: Path) -> None:
                 shutil.copyfile(path, target / path.name)
 
 
-def output_config(
-    source: Source,
-    assignment: Assignment | None,
-    groups: Iterable[Sequence[Slot]],
-    *,
-    hub: bool,
-) -> dict[str, Any]:
+def output_config(output: Output) -> dict[str, Any]:
     """config.json of the result, in the Hub's dialect, with MLX's `quantization` if there is any.
 
     Generation settings stand in it too, where mlx-vlm looks for them.
     """
-    values = hub_dialect(source.values)
-    for key in ("_name_or_path", "torch_dtype", "quantization", "quantization_config"):
+    values = hub_dialect(output.source.values)
+    for key in _DROPPED:
         values.pop(key, None)
-    values.pop("generation_config", None)
-    if len(types := float_types(groups)) == 1:
+    if len(types := float_types(output.groups)) == 1:
         values["dtype"] = values["text_config"]["dtype"] = types[0]
-    if hub:
+    if output.to_hf:
         return values
-    path = source.snapshot.folder / "generation_config.json"
+    path = output.source.snapshot.folder / "generation_config.json"
     if path.exists():
         generation = json.loads(path.read_text(encoding="utf-8"))
         values["generation_config"] = generation
         values |= {key: generation[key] for key in _HOISTED if key in generation}
-    if assignment is not None and assignment.modules:
-        section = config_section(assignment)
+    if output.assignment is not None and output.assignment.modules:
+        section = config_section(output.assignment)
         values |= {"quantization": section, "quantization_config": section}
     return values
 
@@ -239,7 +262,7 @@ def hub_dialect(values: Mapping[str, Any]) -> dict[str, Any]:
     return {**values, "text_config": text, "vision_config": vision}
 
 
-def _facts(
+def card_facts(
     source: Source,
     target: Path,
     assignment: Assignment | None,

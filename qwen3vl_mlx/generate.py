@@ -110,7 +110,8 @@ def answer(args: argparse.Namespace) -> None:
     prompt = read_prompt(args.prompt, len(args.image))
     images = [load_image(source) for source in args.image]  # before the weights: fail early
 
-    from qwen3vl_mlx.api import as_messages, load
+    from qwen3vl_mlx.api import load
+    from qwen3vl_mlx.conversation import as_messages
     from qwen3vl_mlx.engine.sampling import SamplingParams
 
     sampling = {

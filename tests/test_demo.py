@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from qwen3vl_mlx import Qwen3VL
-from qwen3vl_mlx.api import as_messages
+from qwen3vl_mlx.conversation import as_messages
 from qwen3vl_mlx.demo import EXAMPLE
 from qwen3vl_mlx.demo.scenes import is_correct, make_scene, questions
 from qwen3vl_mlx.engine.answer import answer

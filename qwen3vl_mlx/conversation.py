@@ -1,0 +1,151 @@
+"""A conversation that remembers its turns, their pictures and their cache."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+from qwen3vl_mlx.engine.answer import Request
+from qwen3vl_mlx.engine.output import Chunk, Completion, collect
+from qwen3vl_mlx.engine.sampling import SamplingParams
+from qwen3vl_mlx.errors import InputError
+from qwen3vl_mlx.media import ImageSource
+from qwen3vl_mlx.processing.processor import MaxPixels, Messages
+from qwen3vl_mlx.processing.video import Video
+
+if TYPE_CHECKING:
+    from qwen3vl_mlx.api import Qwen3VL
+
+VideoSource: TypeAlias = "Video | Sequence[ImageSource]"
+
+
+class Chat:
+    """A conversation with one model. Earlier turns are not computed again."""
+
+    def __init__(
+        self,
+        model: Qwen3VL,
+        system: str | None,
+        tools: Sequence[Mapping[str, Any]] | None,
+        params: SamplingParams,
+        min_pixels: int | None,
+        max_pixels: MaxPixels,
+    ):
+        self.model = model
+        self.tools = tools
+        self.params = params
+        self.budget = model.processor.image_budget(min_pixels, max_pixels)
+        self.messages: list[Mapping[str, Any]] = []
+        if system is not None:
+            self.messages.append({"role": "system", "content": system})
+        self.weights, self.state = model.model, model.new_state()
+        self._running: Generator[Chunk, None, None] | None = None
+
+    def send(
+        self,
+        content: str | None = None,
+        *,
+        images: Sequence[ImageSource] = (),
+        videos: Sequence[VideoSource] = (),
+    ) -> Completion:
+        """Say something, with pictures if you like, and return the whole answer.
+
+        content None adds no turn: the model goes on after `add_tool_result`.
+        """
+        return collect(self.stream(content, images=images, videos=videos))
+
+    def stream(
+        self,
+        content: str | None = None,
+        *,
+        images: Sequence[ImageSource] = (),
+        videos: Sequence[VideoSource] = (),
+    ) -> Iterator[Chunk]:
+        """`send`, chunk by chunk. Closing the iterator keeps the turn and what was said so far.
+
+        A turn that fails before its first token leaves no trace. A chat gives one answer at a
+        time: asking again closes an answer that is still open.
+        """
+        started = time.perf_counter()
+        if self._running is not None:
+            self._running.close()
+        turn: list[Mapping[str, Any]] = []
+        if content is not None:
+            if not isinstance(content, str):
+                raise InputError(f"send() takes a text, got {type(content).__name__}")
+            seen = self.model.processor.read(as_messages(content, images, videos), self.budget)
+            turn.extend(seen)
+        elif images or videos:
+            raise InputError("images and videos need a text: send(content, images=...)")
+        messages = [*self.messages, *turn]
+        prompt = self.model.processor.prompt(messages, tools=self.tools)
+        request = self.model.request(prompt, self.params, tools=bool(self.tools), started=started)
+        self._running = self._record(turn, request)
+        return self._running
+
+    def add_tool_result(
+        self, call_id: str, content: str, *, images: Sequence[ImageSource] = ()
+    ) -> None:
+        """Note a tool's answer to the call `call_id`; `send()` lets the model read it."""
+        if not isinstance(content, str):
+            raise InputError(f"a tool's result is a text, got {type(content).__name__}")
+        message = as_messages(content, images, ())[0]
+        seen = self.model.processor.read([message], self.budget)[0]
+        self.messages.append({**seen, "role": "tool", "tool_call_id": call_id})
+
+    def _record(
+        self, turn: Sequence[Mapping[str, Any]], request: Request
+    ) -> Generator[Chunk, None, None]:
+        chunks: list[Chunk] = []
+        if self.weights is not self.model.model:  # requantized: what is held is another model's
+            self.weights, self.state = self.model.model, self.model.new_state()
+        try:
+            for chunk in self.model.run(request, self.state):
+                chunks.append(chunk)
+                yield chunk
+        finally:
+            if chunks:
+                self.messages += [*turn, _assistant_message(chunks)]
+
+
+def _assistant_message(chunks: Sequence[Chunk]) -> Mapping[str, Any]:
+    message: dict[str, Any] = {
+        "role": "assistant",
+        "content": "".join(chunk.text for chunk in chunks),
+    }
+    if reasoning := "".join(chunk.reasoning for chunk in chunks):
+        message["reasoning_content"] = reasoning
+    if calls := [call for chunk in chunks for call in chunk.tool_calls]:
+        message["tool_calls"] = [
+            {
+                "id": call.id,
+                "type": "function",
+                "function": {"name": call.name, "arguments": call.arguments},
+            }
+            for call in calls
+        ]
+    return message
+
+
+def as_messages(
+    messages: str | Messages, images: Sequence[ImageSource], videos: Sequence[VideoSource]
+) -> Messages:
+    """A plain prompt with its pictures as one user message; messages as they are."""
+    if not isinstance(messages, str):
+        if images or videos:
+            raise InputError("images= and videos= go with a plain prompt; put them into messages")
+        return messages
+    for name, value in (("images", images), ("videos", videos)):
+        if isinstance(value, (str, bytes)) or not isinstance(value, Sequence):
+            raise InputError(f"{name} must be a list, got {type(value).__name__}: {name}=[...]")
+    return [
+        {
+            "role": "user",
+            "content": [
+                *({"type": "image", "image": image} for image in images),
+                *({"type": "video", "video": video} for video in videos),
+                {"type": "text", "text": messages},
+            ],
+        }
+    ]
