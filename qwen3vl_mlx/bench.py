@@ -73,6 +73,7 @@ def parser(prog: str) -> argparse.ArgumentParser:
     p.add_argument(
         "--compare-mlx-vlm", metavar="PYTHON", help="an interpreter that has mlx-vlm installed"
     )
+    cli.add_quantize(p, "quantization: measure a copy converted so")
     p.add_argument("--json", action="store_true", help="print one JSON object")
     p.add_argument("--debug", action="store_true", help="show tracebacks")
     return p
@@ -93,16 +94,20 @@ def bench(args: argparse.Namespace) -> None:
     for option, least in (("pixels", 1), ("prompt_tokens", 1), ("max_tokens", 2), ("runs", 1)):
         if (value := vars(args)[option]) < least:
             raise InputError(f"--{option.replace('_', '-')} must be at least {least}, got {value}")
+    if args.topology is not None and args.quantize is None:
+        raise InputError("--topology holds exceptions to --quantize: give both")
     checkpoint = hub.resolve(args.model)
 
     from qwen3vl_mlx.api import load
     from qwen3vl_mlx.bench_measure import make_workload, measure, start_times
     from qwen3vl_mlx.media import load_image
 
-    model = load(checkpoint)
     rounds: dict[str, list[dict[str, Any]]] = {_OURS: []}
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        if args.quantize is not None:
+            checkpoint = quantized_copy(args, checkpoint, folder / "quantized")
+        model = load(checkpoint)
         workload = make_workload(
             model,
             checkpoint,
@@ -124,6 +129,17 @@ def bench(args: argparse.Namespace) -> None:
                 rounds[peer.name].append({**starts, **peer.measure()})
     report = make_report(workload, rounds, args.runs)
     print(json.dumps(report) if args.json else table(report))
+
+
+def quantized_copy(args: argparse.Namespace, checkpoint: Path, target: Path) -> Path:
+    """A converted checkpoint that both sides read."""
+    from qwen3vl_mlx import conversion, hub
+    from qwen3vl_mlx.quant import policy
+
+    source = conversion.open_source(hub.Snapshot(checkpoint))
+    request = policy.Request(args.quantize, topology=args.topology)
+    conversion.convert(source, target, policy.choose(source.config, request), progress=True)
+    return target
 
 
 class Peer:

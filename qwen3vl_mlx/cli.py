@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -9,6 +10,8 @@ from importlib import import_module
 
 COMMANDS = {
     "generate": "answer a prompt about pictures",
+    "convert": "convert and quantize a checkpoint",
+    "evaluate": "compare quantized checkpoints with their source",
     "bench": "measure this machine on a checkpoint",
 }
 
@@ -39,6 +42,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     problem = f"error: no command {args[0]!r}\n\n" if args else ""
     sys.stderr.write(problem + usage)
     return 2
+
+
+def add_quantize(
+    parser: argparse.ArgumentParser, title: str = "quantization while loading"
+) -> None:
+    """The options of every command that loads a model."""
+    group = parser.add_argument_group(title)
+    group.add_argument(
+        "--quantize",
+        metavar="NAME",
+        help='"4bit", "mxfp4", "mixed_3_6", "q4k", or "auto": the best that fits this machine',
+    )
+    group.add_argument("--topology", metavar="FILE", help="YAML file of exceptions to --quantize")
+
+
+def size(nbytes: int) -> str:
+    """Bytes for people: `5.15 MB`, `1.86 GB`."""
+    return f"{nbytes / 1e9:.2f} GB" if nbytes >= 1e9 else f"{nbytes / 1e6:.2f} MB"
 
 
 def run(action: Callable[[], None], *, debug: bool = False) -> int:

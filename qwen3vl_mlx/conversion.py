@@ -18,6 +18,7 @@ from typing import Any
 import mlx.core as mx
 
 from qwen3vl_mlx.card import CardFacts, model_card, source_license
+from qwen3vl_mlx.demo import CHECKPOINT
 from qwen3vl_mlx.errors import CheckpointError, ConfigError
 from qwen3vl_mlx.hub import Snapshot
 from qwen3vl_mlx.layout import hub_pieces
@@ -66,6 +67,8 @@ class Source:
 
     @property
     def name(self) -> str:
+        if self.snapshot.folder == CHECKPOINT:
+            return "demo"
         return self.snapshot.repo_id or self.snapshot.folder.resolve().name
 
 

@@ -64,6 +64,7 @@ def parser(prog: str) -> argparse.ArgumentParser:
     out.add_argument("--json", action="store_true", help="print one JSON object at the end")
     out.add_argument("-v", "--verbose", action="store_true", help="statistics and any reasoning")
     out.add_argument("--debug", action="store_true", help="show tracebacks")
+    cli.add_quantize(p)
     pixels = p.add_argument_group("resolution, per image; 1,024 pixels make one visual token")
     pixels.add_argument("--min-pixels", type=int, metavar="N", help="enlarge to at least this")
     pixels.add_argument(
@@ -127,7 +128,13 @@ def answer(args: argparse.Namespace) -> None:
         "seed": args.seed,
     }
     SamplingParams().updated(sampling)  # before the weights too
-    model = load(args.model, revision=args.revision, progress=True)
+    model = load(
+        args.model,
+        quantize=args.quantize,
+        topology=args.topology,
+        revision=args.revision,
+        progress=True,
+    )
     system = [{"role": "system", "content": args.system}] if args.system is not None else []
     chunks = model.stream(
         [*system, *as_messages(prompt, images, ())],

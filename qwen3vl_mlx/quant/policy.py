@@ -82,12 +82,18 @@ def choose_recipe(config: ModelConfig, request: Request) -> Recipe | None:
 
 
 def make_plan(config: ModelConfig, request: Request) -> Plan:
-    """The candidates for "auto"."""
+    """The candidates for "auto". A default that is more than the model holds is cut to that."""
+    context = request.context
+    if context is None:
+        context = min(DEFAULT_CONTEXT, config.text.max_position_embeddings)
+    image_tokens = request.image_tokens
+    if image_tokens is None:
+        image_tokens = min(DEFAULT_IMAGE_TOKENS, context)
     return plan(
         config,
         request.memory or this_memory(),
-        DEFAULT_CONTEXT if request.context is None else request.context,
-        DEFAULT_IMAGE_TOKENS if request.image_tokens is None else request.image_tokens,
+        context,
+        image_tokens,
         vision=request.vision,
     )
 
@@ -104,5 +110,5 @@ def describe(config: ModelConfig, request: Request, assignment: Assignment | Non
         default = f"{q.mode} {q.bits}-bit, groups of {q.group_size}; "
     return (
         f"{was}{default}{weight.bits_per_weight:.2f} bits per weight over all parameters, "
-        f"{weight.nbytes / 1e9:.2f} GB"
+        f"{weight.nbytes / 1e6:,.2f} MB"
     )
