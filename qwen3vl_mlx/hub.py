@@ -5,6 +5,9 @@ from __future__ import annotations
 import json
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 from qwen3vl_mlx.demo import CHECKPOINT
@@ -14,8 +17,23 @@ DEFAULT_MODEL = "mlx-community/Qwen3-VL-4B-Instruct-4bit"
 MODEL_VARIABLE = "QWEN3VL_MODEL"
 
 _REPO_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_COMMIT = re.compile(r"[0-9a-f]{40}")
 _PATTERNS = ["*.json", "*.jinja", "*.safetensors"]
+# What a conversion hands on beside them: merges.txt, and the licence, in its file and its card.
+_EXTRA_PATTERNS = ["*.txt", "README.md", "LICENSE*", "NOTICE*"]
 _OFFLINE_HINT = "try `--model demo`, the small checkpoint that comes with this package"
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A checkpoint's folder, and where it came from.
+
+    repo_id and commit are None for a folder of one's own and for the demo.
+    """
+
+    folder: Path
+    repo_id: str | None = None
+    commit: str | None = None
 
 
 def default_model() -> str:
@@ -24,12 +42,46 @@ def default_model() -> str:
 
 
 def resolve(model: str | os.PathLike[str], revision: str | None = None) -> Path:
-    """The folder of `model`: "demo", an existing folder, or a Hub repository id.
+    """The folder of `model`. See `snapshot`, which also says where it came from."""
+    return snapshot(model, revision).folder
+
+
+def snapshot(model: str | os.PathLike[str], revision: str | None = None) -> Snapshot:
+    """Find `model`: "demo", an existing folder, or a Hub repository id, pinned to its commit.
 
     A complete local copy of a repository is used without asking the network; otherwise it is
     downloaded, resuming and showing progress. Raises CheckpointError for a folder that is not
     there, HubError where the Hub cannot be reached or does not have it.
     """
+    folder = local_folder(model, revision)
+    if folder is not None:
+        return Snapshot(folder)
+    name = os.fspath(model)
+    folder = cached_snapshot(name, revision) or download(name, revision)
+    return Snapshot(folder, name, folder.name if _COMMIT.fullmatch(folder.name) else None)
+
+
+def config_folder(model: str | os.PathLike[str], revision: str | None = None) -> Path:
+    """A folder with the config.json of `model`, and perhaps nothing else: enough for planning.
+
+    Takes what `snapshot` takes and raises what it raises. A cached file is used without asking the
+    network; otherwise that one file is downloaded.
+    """
+    folder = local_folder(model, revision)
+    if folder is not None:
+        return folder
+    from huggingface_hub import hf_hub_download, try_to_load_from_cache
+
+    name = os.fspath(model)
+    with _explained(name, revision):
+        found = try_to_load_from_cache(name, "config.json", revision=revision)
+        if not isinstance(found, str):
+            found = hf_hub_download(name, "config.json", revision=revision)
+    return Path(found).parent
+
+
+def local_folder(model: str | os.PathLike[str], revision: str | None = None) -> Path | None:
+    """The folder of a path or of "demo"; None for what may be a Hub id. Never uses the network."""
     if not isinstance(model, (str, os.PathLike)):
         raise InputError(f"a model is a folder, a Hub id or 'demo', got {type(model).__name__}")
     name = os.fspath(model)
@@ -46,12 +98,17 @@ def resolve(model: str | os.PathLike[str], revision: str | None = None) -> Path:
         return path
     if is_there:
         raise CheckpointError(f"{name} is a file; give the folder that holds config.json")
-    if not _REPO_ID.fullmatch(name) or name.startswith("."):
+    if not is_repo_id(name):
         raise CheckpointError(
             f"no folder {name[:200]!r}; give a checkpoint's folder, a Hub id such as "
             f'{DEFAULT_MODEL}, or "demo"'
         )
-    return cached_snapshot(name, revision) or download(name, revision)
+    return None
+
+
+def is_repo_id(name: str) -> bool:
+    """Whether `name` has the form owner/name. The Hub has more rules, and checks them itself."""
+    return _REPO_ID.fullmatch(name) is not None and not name.startswith(".")
 
 
 def cached_snapshot(repo_id: str, revision: str | None = None) -> Path | None:
@@ -60,6 +117,7 @@ def cached_snapshot(repo_id: str, revision: str | None = None) -> Path | None:
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
     try:
+        # Without the extras: a copy that another program fetched is enough to run and convert.
         found = snapshot_download(
             repo_id, revision=revision, allow_patterns=_PATTERNS, local_files_only=True
         )
@@ -71,23 +129,44 @@ def cached_snapshot(repo_id: str, revision: str | None = None) -> Path | None:
 
 def is_complete(folder: Path) -> bool:
     """Whether a folder has a config, a tokenizer and every weight file its index names."""
-    if not all((folder / name).exists() for name in ("config.json", "tokenizer.json")):
-        return False
+    return not missing_files(folder)
+
+
+def missing_files(folder: Path) -> list[str]:
+    """Files a checkpoint's folder lacks; an index that cannot be read counts as missing."""
+    names = ["config.json", "tokenizer.json"]
     index = folder / "model.safetensors.index.json"
-    if not index.exists():
-        return (folder / "model.safetensors").exists()
-    try:
-        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        names = {os.fspath(name) for name in weight_map.values()}
-    except (ValueError, KeyError, AttributeError, TypeError):
-        return False
-    return all((folder / name).exists() for name in names)
+    if index.exists():
+        try:
+            weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            names += sorted({os.fspath(name) for name in weight_map.values()})
+        except (OSError, ValueError, KeyError, AttributeError, TypeError):
+            return [index.name]
+    else:
+        names.append("model.safetensors")
+    return [name for name in names if not (folder / name).exists()]
 
 
 def download(repo_id: str, revision: str | None = None) -> Path:
     """Fetch a repository's configs, tokenizer and weights. Raises HubError saying what to do."""
     from huggingface_hub import snapshot_download
+
+    patterns = [*_PATTERNS, *_EXTRA_PATTERNS]
+    with _explained(repo_id, revision):
+        folder = Path(snapshot_download(repo_id, revision=revision, allow_patterns=patterns))
+    if not is_complete(folder):
+        raise HubError(
+            f"{repo_id} is on this machine in part only, or is not a Qwen3-VL checkpoint in "
+            f"safetensors ({folder}); connect and try again, or {_OFFLINE_HINT}"
+        )
+    return folder
+
+
+@contextmanager
+def _explained(repo_id: str, revision: str | None) -> Iterator[None]:
+    """Turn what a download raises into a HubError that says what to do."""
     from huggingface_hub.errors import (
+        EntryNotFoundError,
         GatedRepoError,
         HfHubHTTPError,
         HFValidationError,
@@ -98,7 +177,7 @@ def download(repo_id: str, revision: str | None = None) -> Path:
     )
 
     try:
-        folder = Path(snapshot_download(repo_id, revision=revision, allow_patterns=_PATTERNS))
+        yield
     except GatedRepoError as error:
         raise HubError(
             f"{repo_id} is gated: accept its terms on huggingface.co, then run `hf auth login`"
@@ -110,23 +189,26 @@ def download(repo_id: str, revision: str | None = None) -> Path:
             f"the Hub has no repository {repo_id} (a private one needs `hf auth login`), and there "
             f"is no such folder here; {_OFFLINE_HINT}"
         ) from error
-    except (LocalEntryNotFoundError, HfHubHTTPError, ConnectionError, TimeoutError) as error:
-        raise HubError(
-            f"{repo_id} is not on this machine and the Hub cannot be reached "
-            f"({_first_line(error)}); connect and try again, or {_OFFLINE_HINT}"
-        ) from error
+    except (LocalEntryNotFoundError, ConnectionError, TimeoutError) as error:
+        raise _unreachable(repo_id, error) from error
+    except EntryNotFoundError as error:
+        raise HubError(f"{repo_id} has no config.json: it holds no checkpoint") from error
+    except HfHubHTTPError as error:
+        raise _unreachable(repo_id, error) from error
     except (HTTPError, OSError) as error:
         raise HubError(
-            f"{repo_id} could not be downloaded ({_first_line(error)}); what has arrived is kept: "
+            f"{repo_id} could not be downloaded ({first_line(error)}); what has arrived is kept: "
             f"try again, or {_OFFLINE_HINT}"
         ) from error
-    if not is_complete(folder):
-        raise HubError(
-            f"{repo_id} is on this machine in part only, or is not a Qwen3-VL checkpoint in "
-            f"safetensors ({folder}); connect and try again, or {_OFFLINE_HINT}"
-        )
-    return folder
 
 
-def _first_line(error: BaseException) -> str:
+def _unreachable(repo_id: str, error: BaseException) -> HubError:
+    return HubError(
+        f"{repo_id} is not on this machine and the Hub cannot be reached ({first_line(error)}); "
+        f"connect and try again, or {_OFFLINE_HINT}"
+    )
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, or its name where it has none."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]

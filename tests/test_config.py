@@ -359,6 +359,53 @@ def test_yarn_beside_what_transformers_5_wrote() -> None:
         parse_config(config)
 
 
+# A model_type of config.json, and what the error says of it.
+FAMILIES: dict[Any, list[str]] = {
+    "qwen3": ["this is Qwen3, text only", "mlx-lm runs it"],
+    "qwen3_moe": ["this is Qwen3, text only", "mlx-lm runs it"],
+    "qwen3_next": ["this is Qwen3-Next, text only", "mlx-lm runs it"],
+    "qwen2": ["this is Qwen2 or Qwen2.5, text only", "mlx-lm runs it"],
+    "qwen2_moe": ["this is Qwen2 or Qwen2.5, text only", "mlx-lm runs it"],
+    "qwen2_vl": ["this is Qwen2-VL;", "mlx-vlm runs it"],
+    "qwen2_5_vl": ["this is Qwen2.5-VL;", "mlx-vlm runs it"],
+    "qwen2_5_vl_text": ["this is Qwen2.5-VL;", "mlx-vlm runs it"],
+    "qwen3_5": ["this is Qwen3.5;", "mlx-vlm runs it"],
+    "qwen3_5_text": ["this is Qwen3.5;", "mlx-vlm runs it"],
+    "qwen3_5_moe": ["this is Qwen3.5;", "mlx-vlm runs it"],
+    "qwen3_5_moe_text": ["this is Qwen3.5;", "mlx-vlm runs it"],
+    "qwen3_omni_moe": ["this is Qwen3-Omni;", "mlx-vlm runs it"],
+    "qwen3_omni_moe_thinker": ["this is Qwen3-Omni;", "mlx-vlm runs it"],
+    "qwen2_5_omni": ["this is Qwen2.5-Omni"],
+    "qwen3_asr": ["this is Qwen3-ASR"],
+    "qwen3_vl_text": ["one half of such a checkpoint"],
+    "qwen3_vl_moe_vision": ["one half of such a checkpoint"],
+    "qwen3_vlx": ["mlx-lm runs text models, mlx-vlm other models that see"],
+    "llama": ["mlx-lm runs text models, mlx-vlm other models that see"],
+    None: ["mlx-lm runs text models, mlx-vlm other models that see"],
+    7: ["mlx-lm runs text models, mlx-vlm other models that see"],
+}
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_another_family_is_refused_by_name(model_type: Any) -> None:
+    config = changed(load("dense64"), {"model_type": model_type})
+    with pytest.raises(ConfigError, match=r"model_type is .* Qwen3-VL checkpoints only") as caught:
+        parse_config(config)
+    assert repr(model_type) in str(caught.value)
+    for words in FAMILIES[model_type]:
+        assert words in str(caught.value)
+    assert ("runs it" in str(caught.value)) == any("runs it" in w for w in FAMILIES[model_type])
+
+
+@pytest.mark.parity
+def test_the_other_families_are_spelled_as_transformers_spells_them() -> None:
+    transformers = pytest.importorskip("transformers")
+    known = set(transformers.models.auto.configuration_auto.CONFIG_MAPPING_NAMES)
+    told = {name for name in FAMILIES if "this is" in FAMILIES[name][0]}
+    tops = {name for name in told if not name.endswith(("_text", "_thinker"))}
+    assert tops <= known
+
+
 @pytest.mark.parametrize(
     ("content", "error", "word"),
     [

@@ -16,7 +16,7 @@ from huggingface_hub import errors
 
 from qwen3vl_mlx import hub
 from qwen3vl_mlx.demo import CHECKPOINT
-from qwen3vl_mlx.errors import CheckpointError, HubError
+from qwen3vl_mlx.errors import CheckpointError, HubError, InputError
 
 REPO = "someone/a-model"
 
@@ -81,6 +81,18 @@ def test_names_of_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert hub.resolve(str(tmp_path)) == tmp_path
     assert hub.resolve("~/models") == tmp_path / "models"
     assert hub.resolve("models/mine") == Path("models/mine")  # before the Hub is asked
+
+
+def test_a_folder_has_no_repository(tmp_path: Path) -> None:
+    assert hub.snapshot(tmp_path) == hub.Snapshot(tmp_path, None, None)
+    assert hub.snapshot("demo") == hub.Snapshot(CHECKPOINT, None, None)
+    assert hub.config_folder(tmp_path) == tmp_path
+    assert hub.config_folder("demo") == CHECKPOINT
+    for find in (hub.snapshot, hub.config_folder):
+        with pytest.raises(InputError, match="revision 'v1' is for models of the Hub"):
+            find(tmp_path, "v1")
+        with pytest.raises(CheckpointError, match="no folder 'nowhere'"):
+            find("nowhere")
 
 
 @pytest.mark.parametrize(
@@ -204,17 +216,20 @@ def test_the_library_itself_set_offline(tmp_path: Path, monkeypatch: pytest.Monk
     """Nothing replaced: a real cache on disk, and no network allowed."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    with pytest.raises(HubError, match="--model demo"):
-        hub.resolve(REPO)
+    for find in (hub.resolve, hub.config_folder):
+        with pytest.raises(HubError, match="--model demo"):
+            find(REPO)
     home = tmp_path / "models--someone--a-model"
     folder = complete(home / "snapshots" / ("0" * 40))
     (home / "refs").mkdir()
     (home / "refs" / "main").write_text("0" * 40)
-    assert hub.resolve(REPO) == folder
+    assert hub.resolve(REPO) == hub.config_folder(REPO) == folder
+    assert hub.snapshot(REPO) == hub.Snapshot(folder, REPO, "0" * 40)
 
 
 @pytest.mark.parametrize("name", ["someone/a--b", "-someone/b", "someone/" + "a" * 100])
 def test_names_the_hub_does_not_allow(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(HubError, match="no repository"):
-        hub.resolve(name)
+    for find in (hub.resolve, hub.config_folder):
+        with pytest.raises(HubError, match="no repository"):
+            find(name)

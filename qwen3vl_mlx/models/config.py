@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,6 +21,20 @@ from qwen3vl_mlx.errors import CheckpointError, ConfigError
 MODEL_TYPES = ("qwen3_vl", "qwen3_vl_moe")
 _VISION_TYPES = (*MODEL_TYPES, "qwen3_vl_vision", "qwen3_vl_moe_vision")
 _TEXT_TYPES = (*MODEL_TYPES, "qwen3_vl_text", "qwen3_vl_moe_text")
+
+# Families taken for Qwen3-VL by mistake, by model_type, and what runs them on a Mac, if known.
+_OTHER_FAMILIES = (
+    (r"qwen2(_moe)?", "Qwen2 or Qwen2.5, text only", "mlx-lm"),
+    (r"qwen3(_moe)?", "Qwen3, text only", "mlx-lm"),
+    (r"qwen3_next", "Qwen3-Next, text only", "mlx-lm"),
+    (r"qwen2_vl(_.+)?", "Qwen2-VL", "mlx-vlm"),
+    (r"qwen2_5_vl(_.+)?", "Qwen2.5-VL", "mlx-vlm"),
+    (r"qwen3_5(_.+)?", "Qwen3.5", "mlx-vlm"),
+    (r"qwen3_omni(_.+)?", "Qwen3-Omni", "mlx-vlm"),
+    (r"qwen2_5_omni(_.+)?", "Qwen2.5-Omni", None),
+    (r"qwen2_audio(_.+)?", "Qwen2-Audio", None),
+    (r"qwen3_asr(_.+)?", "Qwen3-ASR", None),
+)
 
 
 @dataclass(frozen=True)
@@ -207,10 +222,7 @@ def parse_config(values: Mapping[str, Any]) -> ModelConfig:
     """Build a `ModelConfig` from config.json's object. Raises ConfigError naming the key."""
     top = _Section(values, "")
     if values.get("model_type") not in MODEL_TYPES:
-        raise ConfigError(
-            f"config.json: model_type is {values.get('model_type')!r}, expected one of "
-            f"{', '.join(MODEL_TYPES)}: only Qwen3-VL checkpoints can be loaded"
-        )
+        raise top.error("model_type", _other_family(values.get("model_type")))
     text_section = top.section("text_config")
     text_section.one_of("model_type", _TEXT_TYPES, default="qwen3_vl_text")
     text = _text(text_section)
@@ -241,6 +253,21 @@ def parse_config(values: Mapping[str, Any]) -> ModelConfig:
         tie_word_embeddings=top.flag("tie_word_embeddings", default=tied),
         quantization=_quantization(top),
     )
+
+
+def _other_family(model_type: Any) -> str:
+    """What to say of a checkpoint that is not of this family."""
+    problem = (
+        f"is {model_type!r}, expected one of {', '.join(MODEL_TYPES)}: this package runs Qwen3-VL "
+        "checkpoints only"
+    )
+    if model_type in (*_VISION_TYPES, *_TEXT_TYPES):
+        return f"{problem}, and this is one half of such a checkpoint: give the whole one"
+    for pattern, family, runner in _OTHER_FAMILIES:
+        if re.fullmatch(pattern, str(model_type)):
+            ending = f"; {runner} runs it" if runner else ""
+            return f"{problem}, and this is {family}{ending}"
+    return f"{problem}; mlx-lm runs text models, mlx-vlm other models that see"
 
 
 def _text(section: _Section) -> TextConfig:
