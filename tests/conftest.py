@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -11,12 +12,14 @@ import pytest
 
 os.environ.setdefault("MLX_ENABLE_TF32", "0")  # before MLX starts: newer GPUs round float32 else
 
+import layouts
 import tiny
 from asking import SCENES
 from PIL.Image import Image
 
 from qwen3vl_mlx.api import Qwen3VL, load
 from qwen3vl_mlx.media import load_image
+from qwen3vl_mlx.quant.recipes import parse_recipe
 
 
 @pytest.fixture(scope="session")
@@ -28,8 +31,21 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Pat
 
 @pytest.fixture(scope="session")
 def tiny_model(tiny_folder: Callable[[str], Path]) -> Callable[[str], Qwen3VL]:
-    """`tiny_model(variant)`: the same, loaded."""
-    return cache(lambda variant: load(tiny_folder(variant)))
+    """`tiny_model(variant)`: the same, loaded. `tiny_model("moe 4bit")`: a wider one, quantized."""
+
+    def loaded(name: str) -> Qwen3VL:
+        variant, _, preset = name.partition(" ")
+        folder = tiny_folder(variant)
+        if not preset:
+            return load(folder)
+        wide = folder.with_name(f"{variant}-wide")
+        shutil.copytree(folder, wide, dirs_exist_ok=True)
+        config, tensors = layouts.wide(variant)
+        layouts.write(wide, config, tensors)
+        num_layers = config["text_config"]["num_hidden_layers"]
+        return load(wide, quantize=parse_recipe(preset, num_layers, group_size=32))
+
+    return cache(loaded)
 
 
 @pytest.fixture(scope="session")
