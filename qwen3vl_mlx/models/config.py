@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from qwen3vl_mlx.errors import CheckpointError, ConfigError
+from qwen3vl_mlx.models.section import Section
 
 MODEL_TYPES = ("qwen3_vl", "qwen3_vl_moe")
 _VISION_TYPES = (*MODEL_TYPES, "qwen3_vl_vision", "qwen3_vl_moe_vision")
@@ -143,67 +144,6 @@ class ModelConfig:
         return replace(self, tie_word_embeddings=False)
 
 
-class _Section:
-    """One mapping of config.json, read key by key with errors that name the key."""
-
-    def __init__(self, values: Any, path: str):
-        if not isinstance(values, Mapping):
-            raise ConfigError(f"config.json: {path or 'the top level'} must be an object")
-        self.values, self.path = values, path
-
-    def name(self, key: str) -> str:
-        return f"{self.path}.{key}" if self.path else key
-
-    def error(self, key: str, problem: str) -> ConfigError:
-        return ConfigError(f"config.json: {self.name(key)} {problem}")
-
-    def section(self, key: str) -> _Section:
-        if key not in self.values:
-            raise self.error(key, "is missing: this is not a Qwen3-VL checkpoint's config")
-        return _Section(self.values[key], self.name(key))
-
-    def has(self, key: str) -> bool:
-        return self.values.get(key) is not None
-
-    def integer(self, key: str, default: int | None = None, least: int = 1) -> int:
-        value = self.values.get(key)
-        value = default if value is None else value
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise self.error(key, f"must be an integer of at least {least}, got {value!r}")
-        return value
-
-    def number(self, key: str, default: float | None = None) -> float:
-        value = self.values.get(key)
-        value = default if value is None else value
-        if (
-            isinstance(value, bool)
-            or not isinstance(value, (int, float))
-            or not (0 < value < math.inf)
-        ):
-            raise self.error(key, f"must be a positive number, got {value!r}")
-        return float(value)
-
-    def flag(self, key: str, default: bool) -> bool:
-        value = self.values.get(key)
-        value = default if value is None else value
-        if not isinstance(value, bool):
-            raise self.error(key, f"must be true or false, got {value!r}")
-        return value
-
-    def integers(self, key: str, default: tuple[int, ...] | None = None) -> tuple[int, ...]:
-        value = self.values.get(key)
-        value = default if value is None else value
-        if not isinstance(value, (list, tuple)) or not all(type(i) is int for i in value):
-            raise self.error(key, f"must be a list of integers, got {value!r}")
-        return tuple(value)
-
-    def one_of(self, key: str, allowed: tuple[str, ...], default: str | None = None) -> str:
-        value = self.values.get(key, default)
-        if value not in allowed:
-            raise self.error(key, f"is {value!r}, expected one of {', '.join(allowed)}")
-        return str(value)
-
-
 def read_config(folder: Path) -> ModelConfig:
     """Read `folder/config.json`. Raises CheckpointError (no file, not JSON) or ConfigError."""
     path = folder / "config.json"
@@ -220,7 +160,7 @@ def read_config(folder: Path) -> ModelConfig:
 
 def parse_config(values: Mapping[str, Any]) -> ModelConfig:
     """Build a `ModelConfig` from config.json's object. Raises ConfigError naming the key."""
-    top = _Section(values, "")
+    top = Section(values, "")
     if values.get("model_type") not in MODEL_TYPES:
         raise top.error("model_type", _other_family(values.get("model_type")))
     text_section = top.section("text_config")
@@ -270,7 +210,7 @@ def _other_family(model_type: Any) -> str:
     return f"{problem}; mlx-lm runs text models, mlx-vlm other models that see"
 
 
-def _text(section: _Section) -> TextConfig:
+def _text(section: Section) -> TextConfig:
     section.one_of("hidden_act", ("silu",), default="silu")
     hidden_size = section.integer("hidden_size")
     heads = section.integer("num_attention_heads")
@@ -298,7 +238,7 @@ def _text(section: _Section) -> TextConfig:
     )
 
 
-def _moe(section: _Section) -> MoeConfig | None:
+def _moe(section: Section) -> MoeConfig | None:
     names = [key for key in ("num_experts", "num_local_experts") if section.has(key)]
     counts = {section.integer(key, least=0) for key in names}
     if len(counts) > 1:
@@ -322,7 +262,7 @@ def _moe(section: _Section) -> MoeConfig | None:
     )
 
 
-def _rope(section: _Section, head_dim: int) -> RopeConfig:
+def _rope(section: Section, head_dim: int) -> RopeConfig:
     """Merge the two dialects: `rope_parameters`, or `rope_scaling` with `rope_theta` beside it."""
     found = [key for key in ("rope_parameters", "rope_scaling") if section.has(key)]
     if not found:
@@ -356,7 +296,7 @@ def _rope(section: _Section, head_dim: int) -> RopeConfig:
     return RopeConfig(values.pop(), (sections[0], sections[1], sections[2]), yarn)
 
 
-def _yarn(rope: _Section, text: _Section) -> YarnConfig:
+def _yarn(rope: Section, text: Section) -> YarnConfig:
     factor = rope.number("factor")
     default_factor = 0.1 * math.log(factor) + 1.0 if factor > 1 else 1.0
     if rope.has("mscale") and rope.has("mscale_all_dim") and factor > 1:
@@ -376,7 +316,7 @@ def _yarn(rope: _Section, text: _Section) -> YarnConfig:
     )
 
 
-def _vision(section: _Section) -> VisionConfig:
+def _vision(section: Section) -> VisionConfig:
     section.one_of("model_type", _VISION_TYPES, default="qwen3_vl")
     section.one_of("hidden_act", ("gelu_pytorch_tanh",), default="gelu_pytorch_tanh")
     vision = VisionConfig(
@@ -407,7 +347,7 @@ def _vision(section: _Section) -> VisionConfig:
     return vision
 
 
-def _quantization(top: _Section) -> QuantizationConfig | None:
+def _quantization(top: Section) -> QuantizationConfig | None:
     for key in ("quantization", "quantization_config"):
         if not top.has(key):
             continue
@@ -423,7 +363,7 @@ def _quantization(top: _Section) -> QuantizationConfig | None:
                 "use an MLX, FP8 or unquantized checkpoint",
             )
         overrides = {
-            path: _module_quantization(_Section(value, section.name(path)))
+            path: _module_quantization(Section(value, section.name(path)))
             if isinstance(value, Mapping)
             else None
             for path, value in section.values.items()
@@ -433,13 +373,13 @@ def _quantization(top: _Section) -> QuantizationConfig | None:
     return None
 
 
-def _check_fp8(section: _Section) -> None:
+def _check_fp8(section: Section) -> None:
     """Only blocks of 128 x 128 with a scale each, as Qwen releases them."""
     block = section.integers("weight_block_size", default=(128, 128))
     if block != (128, 128):
         raise section.error("weight_block_size", f"is {list(block)}, expected [128, 128]")
 
 
-def _module_quantization(section: _Section) -> Quantization:
+def _module_quantization(section: Section) -> Quantization:
     mode = section.one_of("mode", ("affine", "mxfp4", "mxfp8", "nvfp4"), default="affine")
     return Quantization(section.integer("group_size"), section.integer("bits"), mode)
