@@ -26,11 +26,19 @@ SHELL = [
 PYTHON = [text for needs, language, text in BLOCKS if language == "python" and not needs]
 
 
-def run(command: list[str]) -> subprocess.CompletedProcess[str]:
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the lines run, one after the other: as in a clone, but what they write is not in it."""
+    folder = tmp_path_factory.mktemp("clone")
+    (folder / "qwen3vl_mlx").symlink_to(ROOT / "qwen3vl_mlx")
+    return folder
+
+
+def run(command: list[str], place: Path) -> subprocess.CompletedProcess[str]:
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     return subprocess.run(
         command,
-        cwd=ROOT,
+        cwd=place,
         env={**os.environ, "PATH": path},
         capture_output=True,
         text=True,
@@ -40,25 +48,25 @@ def run(command: list[str]) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.parametrize("line", SHELL)
-def test_shell_lines_work_as_written(line: str) -> None:
-    done = run(["bash", "-c", line])
+def test_shell_lines_work_as_written(line: str, place: Path) -> None:
+    done = run(["bash", "-c", line], place)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip()
 
 
 @pytest.mark.parametrize("text", PYTHON)
-def test_python_works_as_written(text: str) -> None:
-    done = run([sys.executable, "-c", text])
+def test_python_works_as_written(text: str, place: Path) -> None:
+    done = run([sys.executable, "-c", text], place)
     assert done.returncode == 0, done.stderr
     assert int(done.stdout.split()[-1]) > 0  # the second turn used the first one's cache
 
 
-def test_the_transcript_is_what_the_command_prints() -> None:
+def test_the_transcript_is_what_the_command_prints(place: Path) -> None:
     (setup, _) = [line for line in README.splitlines() if line.startswith("python3 -m venv")]
     command = setup.split("&& ")[-1].replace(".venv/bin/python", "python")
     shown = re.search(r"^> (.*)$", README, re.MULTILINE)
     assert shown
-    assert run(["bash", "-c", command]).stdout.strip() == shown[1]
+    assert run(["bash", "-c", command], place).stdout.strip() == shown[1]
 
 
 def test_it_is_short_and_its_two_setup_commands_stand_alone() -> None:

@@ -22,8 +22,8 @@ DEFAULT_GROUP = 64
 EMBEDDING_BITS = 6  # at least: errors in embeddings and head reach every token
 ROUTER_BITS = 8  # at least: a wrong expert is a wrong answer
 
-_AFFINE_NAME = re.compile(r"(?:afq)?(\d+)(?:-?bits?)?")
-_GGML_NAME = re.compile(r"q(\d+)_?(?:k(?:_[sml])?|0|1)")
+_AFFINE_NAME = re.compile(r"(?:afq)?([0-9])(?:-?bits?)?")
+_GGML_NAME = re.compile(r"q([0-9])_?(?:k(?:_[sml])?|0|1)")
 _LAYER = re.compile(r"\.layers\.(\d+)\.")
 
 Choice: TypeAlias = "Quantization | None"  # None: left whole
