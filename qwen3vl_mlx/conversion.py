@@ -10,6 +10,7 @@ import json
 import math
 import shutil
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,11 +20,17 @@ import mlx.core as mx
 
 from qwen3vl_mlx.card import CardFacts, model_card, source_license
 from qwen3vl_mlx.demo import CHECKPOINT
-from qwen3vl_mlx.errors import CheckpointError, ConfigError
+from qwen3vl_mlx.errors import CheckpointError, ConfigError, InputError
 from qwen3vl_mlx.hub import Snapshot
 from qwen3vl_mlx.layout import hub_pieces
-from qwen3vl_mlx.loading import effective_config, plan, progress_bar, weight_files
-from qwen3vl_mlx.models.config import ModelConfig, parse_config
+from qwen3vl_mlx.loading import (
+    effective_config,
+    plan,
+    progress_bar,
+    stored_settings,
+    weight_files,
+)
+from qwen3vl_mlx.models.config import ModelConfig, Quantization, parse_config
 from qwen3vl_mlx.publish import check_space, check_target, new_folder
 from qwen3vl_mlx.quant.apply import (
     Assignment,
@@ -32,6 +39,7 @@ from qwen3vl_mlx.quant.apply import (
     config_section,
     parameter_shapes,
 )
+from qwen3vl_mlx.quant.recipes import preset_name
 from qwen3vl_mlx.stream import Plan, Scaling, blocks, slots, stored_bytes
 from qwen3vl_mlx.tensorfile import (
     ShardWriter,
@@ -45,7 +53,8 @@ from qwen3vl_mlx.tensorfile import (
 SHARD_BYTES = 5 * 2**30
 DTYPES = {"bfloat16": mx.bfloat16, "float16": mx.float16, "float32": mx.float32}
 
-_KEPT = ("*.json", "*.jinja", "*.txt", "LICENSE*")  # configs, processor, tokenizer, template
+# Configs, processor, tokenizer, template, licence.
+_KEPT = ("*.json", "*.jinja", "*.txt", "LICENSE*", "NOTICE*")
 _MADE = ("config.json", "model.safetensors.index.json", "README.md")
 _DROPPED = (
     "_name_or_path",
@@ -110,6 +119,21 @@ def open_source(snapshot: Snapshot) -> Source:
     return Source(snapshot, values, parse_config(values))
 
 
+def stored_assignment(source: Source) -> Assignment | None:
+    """The quantization a checkpoint has already; None where it is whole."""
+    with TensorReader(weight_files(source.snapshot.folder)) as reader:
+        return as_assignment(stored_settings(reader.shapes, source.config))
+
+
+def as_assignment(modules: Mapping[str, Quantization]) -> Assignment | None:
+    """Settings by path, as a recipe would have assigned them; None where there are none."""
+    if not modules:
+        return None
+    default = Counter(modules.values()).most_common(1)[0][0]
+    name = preset_name(default) + (", mixed" if len(set(modules.values())) > 1 else "")
+    return Assignment(name, default, modules)
+
+
 def convert(
     source: Source,
     target: Path,
@@ -133,6 +157,8 @@ def convert(
     `target` is as it was.
     """
     began = time.perf_counter()
+    if to_hf and assignment is not None:
+        raise InputError("the Hub's layout has whole weights: it excludes an assignment")
     check_target(target, source.snapshot.folder, force=force)
     modules = assignment.modules if assignment is not None else {}
     with TensorReader(weight_files(source.snapshot.folder)) as reader:
@@ -140,9 +166,19 @@ def convert(
         if to_hf:
             work = replace(work, pieces=hub_pieces(work.pieces))
         groups = slots(work, reader)
-        shapes = parameter_shapes(effective_config(source.config, reader.shapes))
+        config = effective_config(source.config, reader.shapes)
+        shapes = parameter_shapes(config)
         facts = card_facts(source, target, assignment, groups, shapes, name)
-        output = Output(source, target, groups, assignment, to_hf=to_hf, shard_bytes=shard_bytes)
+        output = Output(
+            source,
+            target,
+            groups,
+            assignment,
+            tied=config.tie_word_embeddings,
+            to_hf=to_hf,
+            force=force,
+            shard_bytes=shard_bytes,
+        )
         write_checkpoint(output, facts, lambda w: _write_weights(w, work, reader, progress))
     return Report(
         source=source.name,
@@ -165,7 +201,9 @@ class Output:
     target: Path
     groups: Sequence[Sequence[Slot]]  # tensors, in groups that share a file
     assignment: Assignment | None
+    tied: bool  # no output head of its own
     to_hf: bool = False
+    force: bool = False
     shard_bytes: int = SHARD_BYTES
 
 
@@ -173,7 +211,7 @@ def write_checkpoint(
     output: Output, facts: CardFacts, write: Callable[[ShardWriter], None]
 ) -> None:
     """Make a checkpoint's folder, whole or not at all; `write` writes and checks its tensors."""
-    with new_folder(output.target) as folder:
+    with new_folder(output.target, force=output.force) as folder:
         shards = make_shards(output.groups, output.shard_bytes)
         writer = ShardWriter(folder, shards, {"format": "pt" if output.to_hf else "mlx"})
         check_space(folder, writer.nbytes)
@@ -182,6 +220,10 @@ def write_checkpoint(
         finally:
             writer.close()
         copy_files(output.source.snapshot.folder, folder)
+        generation = generation_config(output.source)
+        path = folder / "generation_config.json"
+        if generation and not path.exists():  # it stood in config.json alone
+            write_text(path, json.dumps(generation, indent=2))
         values = output_config(output)
         write_text(folder / "config.json", json.dumps(values, indent=2, sort_keys=True))
         if not output.to_hf:
@@ -234,21 +276,33 @@ def output_config(output: Output) -> dict[str, Any]:
     Generation settings stand in it too, where mlx-vlm looks for them.
     """
     values = hub_dialect(output.source.values)
-    for key in _DROPPED:
+    values["tie_word_embeddings"] = values["text_config"]["tie_word_embeddings"] = output.tied
+    generation = generation_config(output.source)
+    hoisted = {key: generation[key] for key in _HOISTED if key in generation}
+    for key in (*_DROPPED, *hoisted):
         values.pop(key, None)
     if len(types := float_types(output.groups)) == 1:
         values["dtype"] = values["text_config"]["dtype"] = types[0]
     if output.to_hf:
         return values
-    path = output.source.snapshot.folder / "generation_config.json"
-    if path.exists():
-        generation = json.loads(path.read_text(encoding="utf-8"))
-        values["generation_config"] = generation
-        values |= {key: generation[key] for key in _HOISTED if key in generation}
+    if generation:
+        values |= {"generation_config": generation, **hoisted}
     if output.assignment is not None and output.assignment.modules:
         section = config_section(output.assignment)
         values |= {"quantization": section, "quantization_config": section}
     return values
+
+
+def generation_config(source: Source) -> Mapping[str, Any]:
+    """generation_config.json, or what config.json says in its place. May be empty."""
+    path = source.snapshot.folder / "generation_config.json"
+    values = source.values.get("generation_config")
+    if path.exists():
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"{path} cannot be read as JSON: {error}") from error
+    return values if isinstance(values, dict) else {}
 
 
 def hub_dialect(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -259,9 +313,9 @@ def hub_dialect(values: Mapping[str, Any]) -> dict[str, Any]:
         text["rope_scaling"] = {key: value for key, value in rope.items() if key != "rope_theta"}
     if (experts := text.pop("num_local_experts", None)) is not None:
         text["num_experts"] = experts
-    if "tie_word_embeddings" in values:
-        text["tie_word_embeddings"] = values["tie_word_embeddings"]
     vision["model_type"] = values["model_type"]
+    for section in (text, vision):
+        section.pop("torch_dtype", None)
     return {**values, "text_config": text, "vision_config": vision}
 
 

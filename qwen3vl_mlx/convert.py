@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -111,11 +112,12 @@ def convert(args: argparse.Namespace) -> None:
     from qwen3vl_mlx import conversion, hub
     from qwen3vl_mlx.publish import check_target
 
-    if args.output is not None:  # before a download
-        check_target(args.output, hub.local_folder(args.model, args.revision), force=args.force)
+    output = args.output.expanduser() if args.output is not None else None
+    if output is not None:  # before a download
+        check_target(output, hub.local_folder(args.model, args.revision), force=args.force)
     source = conversion.open_source(hub.snapshot(args.model, args.revision))
     assignment = choose(args, request, source)
-    target = args.output or Path(default_name(args, source, assignment))
+    target = output or Path(default_name(args, source, assignment))
     report = conversion.convert(
         source,
         target,
@@ -134,13 +136,14 @@ def convert(args: argparse.Namespace) -> None:
 def check(args: argparse.Namespace) -> Request:
     """Refuse options that contradict each other, before any work. Raises InputError."""
     from qwen3vl_mlx.errors import InputError
+    from qwen3vl_mlx.hub import is_repo_id
     from qwen3vl_mlx.quant.plan import parse_memory
     from qwen3vl_mlx.quant.policy import AUTO, Request
-    from qwen3vl_mlx.quant.recipes import MIXED, parse_preset
+    from qwen3vl_mlx.quant.recipes import parse_recipe
 
     name = args.quantize.strip().lower() if args.quantize is not None else None
-    if name not in (None, AUTO, *MIXED):
-        parse_preset(args.quantize, args.group_size)
+    if name not in (None, AUTO):
+        parse_recipe(args.quantize, 1, group_size=args.group_size)  # whatever the model's layers
     whole = "--to-hf" if args.to_hf else "--dequantize" if args.dequantize else None
     if whole and name is not None:
         raise InputError(f"{whole} writes whole weights: it excludes --quantize")
@@ -162,9 +165,11 @@ def check(args: argparse.Namespace) -> Request:
             raise InputError(f"{option} is for --plan and --quantize auto")
     if name == AUTO and args.group_size is not None:
         raise InputError("auto chooses the group size: leave out --group-size")
+    if args.upload is not None and not is_repo_id(args.upload):
+        raise InputError(f"--upload takes OWNER/NAME, got {args.upload!r}")
     if args.private and not args.upload:
         raise InputError("--private is for --upload")
-    if not args.shard_size > 0:
+    if not 0 < args.shard_size < math.inf:
         raise InputError(f"--shard-size must be more than 0, got {args.shard_size}")
     return Request(
         args.quantize or AUTO,
@@ -191,11 +196,13 @@ def show_plan(args: argparse.Namespace, request: Request) -> None:
 
 def choose(args: argparse.Namespace, request: Request, source: Source) -> Assignment | None:
     """The modules to quantize, told on stderr. Raises InputError."""
+    from qwen3vl_mlx import conversion
     from qwen3vl_mlx.quant import policy
     from qwen3vl_mlx.quant.plan import table
 
     if args.quantize is None:
-        return None
+        whole = args.dequantize or args.to_hf
+        return None if whole else conversion.stored_assignment(source)
     if args.quantize.strip().lower() == policy.AUTO:
         print(table(policy.make_plan(source.config, request)), file=sys.stderr)
     assignment = policy.choose(source.config, request)
@@ -214,7 +221,7 @@ def default_name(args: argparse.Namespace, source: Source, assignment: Assignmen
     base = source.name.rsplit("/", 1)[-1]
     if args.to_hf:
         return f"{base}-hf"
-    if assignment is None:
+    if args.quantize is None or assignment is None:
         return f"{base}-{args.dtype or 'mlx'}"
     return f"{base}-{assignment.name}{'-vision' if args.quantize_vision else ''}"
 

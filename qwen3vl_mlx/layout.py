@@ -9,6 +9,7 @@ of rows alike: loading applies it to lazy tensors, conversion to what it reads b
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -106,9 +107,10 @@ def pieces(
     for name, source in found.plain.items():
         path, _, suffix = name.rpartition(".")
         if path in unpacked:
+            parts = packed_parts(unpacked[path])
             if suffix == "weight":
-                made.append(_dequantized(path, stored, found.plain, unpacked[path]))
-            elif suffix == "bias":
+                made.append(_dequantized(path, parts, stored, found.plain, unpacked[path]))
+            elif suffix not in parts:
                 made.append(_plain(name, source, stored[source]))
         elif name in found.scales:
             made.append(_from_fp8(name, source, found.scales[name], stored))
@@ -123,6 +125,11 @@ def pieces(
         assert config.text.moe is not None
         made += _single_experts(mlp, kinds, found.scales, stored, config.text.moe)
     _check_scales(found, made)
+    twice = [
+        name for name, count in Counter(n for p in made for n in p.shapes).items() if count > 1
+    ]
+    if twice:
+        raise WeightsError(f"{min(twice)} is there twice, in two layouts")
     return made
 
 
@@ -163,11 +170,21 @@ def _hub_conv(config: ModelConfig) -> Shape:
     return (vision.in_channels, vision.temporal_patch_size, *[vision.patch_size] * 2)
 
 
+def packed_parts(settings: Quantization) -> tuple[str, ...]:
+    """Names of the tensors a quantized weight is stored as."""
+    return ("weight", "scales", "biases") if settings.mode == "affine" else ("weight", "scales")
+
+
 def _dequantized(
-    path: str, stored: Mapping[str, Shape], plain: Mapping[str, str], settings: Quantization
+    path: str,
+    suffixes: Sequence[str],
+    stored: Mapping[str, Shape],
+    plain: Mapping[str, str],
+    settings: Quantization,
 ) -> Piece:
     """A quantized weight made whole; its type is that of affine scales, else bfloat16."""
-    suffixes = [key for key in ("weight", "scales", "biases") if f"{path}.{key}" in plain]
+    if missing := [key for key in suffixes if f"{path}.{key}" not in plain]:
+        raise WeightsError(f"{path}.{missing[0]} is missing: the weight is {settings.mode}")
     sources = [plain[f"{path}.{key}"] for key in suffixes]
     *rows, packed = stored[sources[0]]
     width = packed * 32 // settings.bits

@@ -7,13 +7,12 @@ import fcntl
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from qwen3vl_mlx.errors import InputError, OutputError
 
 _MARGIN = 64 * 2**20  # bytes a disk keeps free
-_LOCK = ".lock"
 
 
 def check_target(target: Path, source: Path | None, *, force: bool) -> None:
@@ -45,68 +44,85 @@ def check_space(folder: Path, nbytes: int) -> None:
 
 
 @contextmanager
-def new_folder(target: Path) -> Iterator[Path]:
+def new_folder(target: Path, *, force: bool) -> Iterator[Path]:
     """A working folder beside `target` that becomes it when the block ends well.
 
     What an earlier run left behind is cleared; a run that is still going is an InputError. An
-    existing `target` is replaced at the very end. See `check_target`.
+    existing `target` is replaced at the very end, with `force` only. See `check_target`.
     """
     target = target.absolute()
-    work = target.with_name(f".{target.name}.converting")
-    old = target.with_name(f".{target.name}.replaced")
+    work, old = _beside(target, "converting"), _beside(target, "replaced")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        work.mkdir(exist_ok=True)
-        lock = os.open(work / _LOCK, os.O_CREAT | os.O_RDWR)
+        lock = _locked(work, target)
     except OSError as error:
         raise OutputError(f"{work} cannot be made: {error.strerror}") from error
     try:
-        _lock(lock, target)
         recover(target, old)
+        check_target(target, None, force=force)  # another process may have made it meanwhile
         _clear(work)
         yield work
-        (work / _LOCK).unlink()
         _sync(work)
+        check_target(target, None, force=force)
         if target.exists():
             os.rename(target, old)
         os.rename(work, target)
         _sync(target.parent)
-        shutil.rmtree(old, ignore_errors=True)
+        recover(target, old)
     except OSError as error:
-        shutil.rmtree(work, ignore_errors=True)
+        _undo(work, target, old)
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         reason = "the disk is full" if full else error
         raise OutputError(f"{target} cannot be written: {reason}") from error
-    except BaseException as error:
-        if not isinstance(error, BusyError):
-            shutil.rmtree(work, ignore_errors=True)
+    except BaseException:
+        _undo(work, target, old)
         raise
     finally:
         os.close(lock)
 
 
-class BusyError(InputError):
-    """Another process is writing the same target."""
+def _undo(work: Path, target: Path, old: Path) -> None:
+    shutil.rmtree(work, ignore_errors=True)
+    with suppress(OSError):
+        recover(target, old)
 
 
-def _lock(lock: int, target: Path) -> None:
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise BusyError(f"{target} is being written by another process; wait for it") from None
+def _beside(target: Path, what: str) -> Path:
+    return target.with_name(f".{target.name}.{what}")
+
+
+def _locked(work: Path, target: Path) -> int:
+    """Make `work` if need be and lock it. Returns the descriptor that holds the lock."""
+    while True:
+        work.mkdir(exist_ok=True)
+        try:
+            lock = os.open(work, os.O_RDONLY)
+        except FileNotFoundError:  # its owner has just ended
+            continue
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(lock)
+            raise InputError(f"{target} is being written by another process; wait for it") from None
+        except OSError:  # network disks may have no locks
+            return lock
+        if work.exists() and os.path.samestat(work.stat(), os.fstat(lock)):
+            return lock
+        os.close(lock)  # renamed or removed by its owner before it was locked here
 
 
 def recover(target: Path, old: Path) -> None:
     """Finish or undo a replacement that was interrupted between its two renames."""
-    if old.exists() and not target.exists():
-        os.rename(old, target)
-    shutil.rmtree(old, ignore_errors=True)
+    removed = _beside(target, "removed")  # never recovered: it may lack some files already
+    shutil.rmtree(removed, ignore_errors=True)
+    if old.exists():
+        os.rename(old, removed if target.exists() else target)
+        shutil.rmtree(removed, ignore_errors=True)
 
 
 def _clear(work: Path) -> None:
     for path in work.iterdir():
-        if path.name != _LOCK:
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def _sync(folder: Path) -> None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 from mlx.utils import tree_flatten
@@ -11,6 +12,7 @@ from mlx.utils import tree_flatten
 from qwen3vl_mlx.conversion import (
     DTYPES,
     Output,
+    as_assignment,
     card_facts,
     open_source,
     verify,
@@ -23,7 +25,6 @@ from qwen3vl_mlx.models.config import Quantization
 from qwen3vl_mlx.models.qwen3_vl import Model
 from qwen3vl_mlx.publish import check_target
 from qwen3vl_mlx.quant.apply import Assignment, parameter_shapes
-from qwen3vl_mlx.quant.recipes import preset_name
 from qwen3vl_mlx.tensorfile import ShardWriter, Slot, raw_bytes
 
 
@@ -37,7 +38,7 @@ def save_model(model: Model, snapshot: Snapshot, target: Path, force: bool, prog
     source = open_source(snapshot)
     flat = tree_flatten(model.parameters(), destination={})  # type: ignore[no-untyped-call]
     assert isinstance(flat, dict)
-    stored = DTYPES.get(str(source.values.get("dtype") or source.values.get("torch_dtype")))
+    stored = _stored_dtype(source.values)
     dtypes = {name: _smallest(tensor, stored) for name, tensor in flat.items()}
     groups = [[Slot(name, dtypes[name], tensor.shape)] for name, tensor in flat.items()]
     assignment = live_assignment(model)
@@ -46,7 +47,9 @@ def save_model(model: Model, snapshot: Snapshot, target: Path, force: bool, prog
     def write(writer: ShardWriter) -> None:
         _write(writer, flat, dtypes, progress)
 
-    write_checkpoint(Output(source, target, groups, assignment), facts, write)
+    tied = model.config.tie_word_embeddings
+    output = Output(source, target, groups, assignment, tied=tied, force=force)
+    write_checkpoint(output, facts, write)
 
 
 def _write(writer: ShardWriter, flat: Weights, dtypes: dict[str, mx.Dtype], progress: bool) -> None:
@@ -59,9 +62,16 @@ def _write(writer: ShardWriter, flat: Weights, dtypes: dict[str, mx.Dtype], prog
     verify(writer, progress)
 
 
+def _stored_dtype(values: Mapping[str, Any]) -> mx.Dtype | None:
+    """The type config.json names, at the top or, as on the Hub, in text_config."""
+    sections = (values, values["text_config"])
+    named = [section.get(key) for section in sections for key in ("dtype", "torch_dtype")]
+    return next((DTYPES[name] for name in named if name in DTYPES), None)
+
+
 def _smallest(tensor: mx.array, stored: mx.Dtype | None) -> mx.Dtype:
-    """`stored` where it holds every value of a floating-point tensor, else the tensor's own."""
-    if stored is None or not mx.issubdtype(tensor.dtype, mx.floating):
+    """`stored` if that is smaller and holds every value, else the tensor's own type."""
+    if stored is None or tensor.dtype != mx.float32:
         return tensor.dtype
     if mx.all(tensor.astype(stored).astype(tensor.dtype) == tensor).item():
         return stored
@@ -70,13 +80,10 @@ def _smallest(tensor: mx.array, stored: mx.Dtype | None) -> mx.Dtype:
 
 def live_assignment(model: Model) -> Assignment | None:
     """The settings of a model's quantized modules; None where there are none."""
-    modules = {
-        path: Quantization(module.group_size, module.bits, module.mode)
-        for path, module in model.named_modules()  # type: ignore[no-untyped-call]
-        if "scales" in module
-    }
-    if not modules:
-        return None
-    default = Counter(modules.values()).most_common(1)[0][0]
-    name = preset_name(default) + (", mixed" if len(set(modules.values())) > 1 else "")
-    return Assignment(name, default, modules)
+    return as_assignment(
+        {
+            path: Quantization(module.group_size, module.bits, module.mode)
+            for path, module in model.named_modules()  # type: ignore[no-untyped-call]
+            if "scales" in module
+        }
+    )

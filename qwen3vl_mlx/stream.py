@@ -16,6 +16,7 @@ from typing import Protocol
 import mlx.core as mx
 import numpy as np
 
+from qwen3vl_mlx.errors import WeightsError
 from qwen3vl_mlx.layout import Piece, Weights
 from qwen3vl_mlx.models.config import Quantization
 from qwen3vl_mlx.quant.apply import pack, packed_dtype, packed_shapes
@@ -87,6 +88,11 @@ def lazily(piece: Piece, reader: TensorReader) -> Weights:
     columns = []
     for column in piece.columns:
         shape = reader.tensors[column.names[0]].shape
+        if len(types := {reader.tensors[name].dtype for name in column.names}) > 1:
+            raise WeightsError(
+                f"{column.names[0]} and those stacked with it have types "
+                f"{' and '.join(sorted(types))}, expected one"
+            )
         shape = (len(column.names), *shape) if column.kind == "stack" else shape
         columns.append(mx.zeros(shape, reader.dtype(column.names[0])))
     return piece.make(columns, 0)

@@ -93,17 +93,20 @@ class TensorReader:
         """Rows [start, stop) of a tensor, in numpy's type of that size (see `as_array`)."""
         tensor = self.tensors[name]
         rows = np.empty((stop - start, *tensor.shape[1:]), _READ_AS[tensor.dtype][0])
-        file = self._files.get(tensor.file)
-        if file is None:
-            file = self._stack.enter_context(FileIO(tensor.file))
-            self._files[tensor.file] = file
-        file.seek(tensor.offset + start * tensor.row_bytes)
         view = rows.data.cast("B") if rows.size else memoryview(b"")
-        while len(view):
-            count = file.readinto(view)
-            if not count:
-                raise WeightsError(f"{tensor.file} ends in the middle of {name}")
-            view = view[count:]
+        try:
+            file = self._files.get(tensor.file)
+            if file is None:
+                file = self._stack.enter_context(FileIO(tensor.file))
+                self._files[tensor.file] = file
+            file.seek(tensor.offset + start * tensor.row_bytes)
+            while len(view):
+                count = file.readinto(view)
+                if not count:
+                    raise WeightsError(f"{tensor.file} ends in the middle of {name}")
+                view = view[count:]
+        except OSError as error:
+            raise WeightsError(f"{tensor.file} cannot be read: {error.strerror}") from error
         return rows
 
     def as_array(self, name: str, rows: Raw) -> mx.array:
@@ -218,9 +221,7 @@ class ShardWriter:
         try:
             file = self._open(place.shard)
             file.seek(place.offset + self._written[name])
-            view = data
-            while len(view):
-                view = view[file.write(view) :]
+            _write_all(file, data)
         except OSError as error:
             raise OutputError(f"{self.folder} cannot be written: {error.strerror}") from error
         self._sums[name] = zlib.crc32(data, self._sums[name])
@@ -233,7 +234,7 @@ class ShardWriter:
         if shard not in self._files:
             file = FileIO(self.folder / self.names[shard], "w")
             self._files[shard] = file
-            file.write(self._headers[shard])
+            _write_all(file, memoryview(self._headers[shard]))
         return self._files[shard]
 
     def _close(self, shard: int) -> None:
@@ -258,31 +259,40 @@ class ShardWriter:
 
     def _verify(self, path: Path, progress: Callable[[int], object]) -> None:
         buffer = bytearray(_VERIFY_BYTES)
-        stored = read_header(path)
+        shard = self.names.index(path.name)
+        header = self._headers[shard]
+        places = [place for place in self._places.values() if place.shard == shard]
+        size = len(header) + sum(place.slot.nbytes for place in places)
         with FileIO(path) as file:
-            for name, tensor in stored.items():
-                place = self._places[name]
-                slot = place.slot
-                expected = (place.offset, _WRITE_AS[slot.dtype], slot.shape)
-                found = 0
-                file.seek(tensor.offset)
-                left = slot.nbytes
+            if path.stat().st_size != size or file.read(len(header)) != header:
+                raise _damaged(path, "its header")
+            for place in places:
+                found, left = 0, place.slot.nbytes
+                file.seek(place.offset)
                 while left:
                     count = file.readinto(memoryview(buffer)[: min(left, len(buffer))])
                     found = zlib.crc32(memoryview(buffer)[:count], found)
                     left -= count or left
                     progress(count)
-                got = (tensor.offset, tensor.dtype, tensor.shape)
-                if got != expected or found != self._sums[name]:
-                    raise OutputError(
-                        f"{path}: {name} does not read back as it was written; the disk may be "
-                        "failing: convert again, to another disk"
-                    )
+                if found != self._sums[place.slot.name]:
+                    raise _damaged(path, place.slot.name)
 
     def close(self) -> None:
         """Close what is open, after a failure."""
         for file in self._files.values():
             file.close()
+
+
+def _write_all(file: FileIO, data: memoryview) -> None:
+    while len(data):
+        data = data[file.write(data) :]
+
+
+def _damaged(path: Path, what: str) -> OutputError:
+    return OutputError(
+        f"{path}: {what} does not read back as it was written; the disk may be failing: convert "
+        "again, to another disk"
+    )
 
 
 def _aligned(slots: Sequence[Slot]) -> list[Slot]:
