@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 import time
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -28,7 +29,7 @@ from qwen3vl_mlx.engine.output import Chunk, Completion, collect
 from qwen3vl_mlx.engine.sampling import SamplingParams, default_params
 from qwen3vl_mlx.engine.state import CacheState
 from qwen3vl_mlx.errors import CheckpointError, InputError, PromptError
-from qwen3vl_mlx.loading import default_dtype, load_model, load_quantized
+from qwen3vl_mlx.loading import default_dtype, load_model, load_quantized, stored_config
 from qwen3vl_mlx.media import ImageSource
 from qwen3vl_mlx.models.config import ModelConfig, read_config
 from qwen3vl_mlx.models.qwen3_vl import Model
@@ -85,7 +86,11 @@ def _load_weights(
     if quantize is not None:
         from qwen3vl_mlx.quant import policy
 
-        assignment = policy.choose(config, policy.Request(quantize, topology=topology))
+        request = policy.Request(quantize, topology=topology)
+        config = stored_config(folder, config)
+        assignment = policy.choose(config, request)
+        if progress:
+            print(policy.describe(config, request, assignment), file=sys.stderr)
         if assignment is not None:
             return load_quantized(
                 folder, assignment.modules, dtype, config=config, progress=progress

@@ -24,9 +24,9 @@ from qwen3vl_mlx.errors import CheckpointError, ConfigError, InputError
 from qwen3vl_mlx.hub import Snapshot
 from qwen3vl_mlx.layout import hub_pieces
 from qwen3vl_mlx.loading import (
-    effective_config,
     plan,
     progress_bar,
+    stored_config,
     stored_settings,
     weight_files,
 )
@@ -104,7 +104,7 @@ class Report:
 
 
 def open_source(snapshot: Snapshot) -> Source:
-    """Read a checkpoint's config. Raises CheckpointError or ConfigError."""
+    """Read a checkpoint's config and its tensors' headers. Raises CheckpointError."""
     path = snapshot.folder / "config.json"
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
@@ -116,7 +116,8 @@ def open_source(snapshot: Snapshot) -> Source:
         raise CheckpointError(f"{path} cannot be read as JSON: {error}") from error
     if not isinstance(values, dict):
         raise ConfigError("config.json: the top level must be an object")
-    return Source(snapshot, values, parse_config(values))
+    config = stored_config(snapshot.folder, parse_config(values))
+    return Source(snapshot, values, config)
 
 
 def stored_assignment(source: Source) -> Assignment | None:
@@ -166,15 +167,14 @@ def convert(
         if to_hf:
             work = replace(work, pieces=hub_pieces(work.pieces))
         groups = slots(work, reader)
-        config = effective_config(source.config, reader.shapes)
-        shapes = parameter_shapes(config)
+        shapes = parameter_shapes(source.config)
         facts = card_facts(source, target, assignment, groups, shapes, name)
         output = Output(
             source,
             target,
             groups,
             assignment,
-            tied=config.tie_word_embeddings,
+            tied=source.config.tie_word_embeddings,
             to_hf=to_hf,
             force=force,
             shard_bytes=shard_bytes,

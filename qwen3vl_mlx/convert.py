@@ -29,7 +29,7 @@ mixed_3_5 mixed_3_6 mixed_3_8 mixed_4_6 mixed_4_8, auto, and mistral.rs's names 
 Q8_0 ...). Embeddings and output head get at least 6 bits, the router of experts at least 8, and the
 vision tower stays whole unless --quantize-vision says otherwise.
 
-Memory: a few blocks of 32 MB, whatever the model's size. The output appears when it is complete
+Memory: a few blocks of 16 MB, whatever the model's size. The output appears when it is complete
 and has been read back from disk; what an interrupted run leaves is cleared by the next.
 """
 
@@ -136,7 +136,7 @@ def convert(args: argparse.Namespace) -> None:
 def check(args: argparse.Namespace) -> Request:
     """Refuse options that contradict each other, before any work. Raises InputError."""
     from qwen3vl_mlx.errors import InputError
-    from qwen3vl_mlx.hub import is_repo_id
+    from qwen3vl_mlx.hub_upload import check_upload
     from qwen3vl_mlx.quant.plan import parse_memory
     from qwen3vl_mlx.quant.policy import AUTO, Request
     from qwen3vl_mlx.quant.recipes import parse_recipe
@@ -165,8 +165,8 @@ def check(args: argparse.Namespace) -> Request:
             raise InputError(f"{option} is for --plan and --quantize auto")
     if name == AUTO and args.group_size is not None:
         raise InputError("auto chooses the group size: leave out --group-size")
-    if args.upload is not None and not is_repo_id(args.upload):
-        raise InputError(f"--upload takes OWNER/NAME, got {args.upload!r}")
+    if args.upload is not None:
+        check_upload(args.upload)
     if args.private and not args.upload:
         raise InputError("--private is for --upload")
     if not 0 < args.shard_size < math.inf:

@@ -47,12 +47,9 @@ def upload(
             f"{path} is not a complete checkpoint: it has no readable {', '.join(missing[:3])}"
             f"{' and more' if len(missing) > 3 else ''}; nothing was uploaded"
         )
-    _check_repo_id(repo_id)
-    from huggingface_hub import HfApi, get_token
+    token = check_upload(repo_id, token)
+    from huggingface_hub import HfApi
 
-    token = token or get_token()
-    if token is None:
-        raise HubError(f"not logged in to the Hub: {_LOG_IN}, then try again")
     api = HfApi(token=token)
     with _explained(repo_id, revision):
         _prepare(api, repo_id, private, revision)
@@ -66,6 +63,17 @@ def upload(
             delete_patterns=list(_REPLACED),
         )
     return str(commit.commit_url)
+
+
+def check_upload(repo_id: str, token: str | None = None) -> str:
+    """What can be known before any network: returns the token. Raises InputError or HubError."""
+    _check_repo_id(repo_id)
+    from huggingface_hub import get_token
+
+    token = token or get_token()
+    if token is None:
+        raise HubError(f"not logged in to the Hub: {_LOG_IN}, then try again")
+    return token
 
 
 def _check_repo_id(repo_id: str) -> None:

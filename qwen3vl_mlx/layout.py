@@ -92,11 +92,13 @@ def pieces(
     stored: Mapping[str, Shape],
     config: ModelConfig,
     unpacked: Mapping[str, Quantization] | None = None,
+    dtype: mx.Dtype = mx.bfloat16,
 ) -> list[Piece]:
     """What makes the model's parameters out of tensors of the shapes in `stored`, in their order.
 
     unpacked: settings of the stored quantized modules to make whole again, by path; the others
-    stay as they are. Raises WeightsError for tensors that contradict each other or config.json.
+    stay as they are. dtype: of those whose scales do not tell, the model's own. Raises WeightsError
+    for tensors that contradict each other or config.json.
     """
     unpacked = unpacked or {}
     found = _sort(stored)
@@ -109,7 +111,7 @@ def pieces(
         if path in unpacked:
             parts = packed_parts(unpacked[path])
             if suffix == "weight":
-                made.append(_dequantized(path, parts, stored, found.plain, unpacked[path]))
+                made.append(_dequantized(path, parts, stored, found.plain, unpacked[path], dtype))
             elif suffix not in parts:
                 made.append(_plain(name, source, stored[source]))
         elif name in found.scales:
@@ -181,8 +183,9 @@ def _dequantized(
     stored: Mapping[str, Shape],
     plain: Mapping[str, str],
     settings: Quantization,
+    dtype: mx.Dtype,
 ) -> Piece:
-    """A quantized weight made whole; its type is that of affine scales, else bfloat16."""
+    """A quantized weight made whole, in the type of its affine scales, or in `dtype`."""
     if missing := [key for key in suffixes if f"{path}.{key}" not in plain]:
         raise WeightsError(f"{path}.{missing[0]} is missing: the weight is {settings.mode}")
     sources = [plain[f"{path}.{key}"] for key in suffixes]
@@ -197,8 +200,8 @@ def _dequantized(
 
     def make(columns: Sequence[mx.array], _: int) -> Weights:
         parts = dict(zip(suffixes, columns, strict=True))
-        dtype = parts["scales"].dtype if settings.mode == "affine" else mx.bfloat16
-        return {f"{path}.weight": unpack(parts, settings, dtype)}
+        whole = parts["scales"].dtype if settings.mode == "affine" else dtype
+        return {f"{path}.weight": unpack(parts, settings, whole)}
 
     return Piece(
         tuple(Column((source,)) for source in sources),

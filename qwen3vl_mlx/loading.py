@@ -144,7 +144,7 @@ def plan(
     stored = stored_settings(reader.shapes, config)
     same = {p for p, settings in stored.items() if modules.get(p) == settings and scaling is None}
     unpacked = {path: settings for path, settings in stored.items() if path not in same}
-    made = pieces(reader.shapes, config, unpacked)
+    made = pieces(reader.shapes, config, unpacked, _model_dtype(reader))
     weights: Weights = {}
     for piece in made:
         weights.update(lazily(piece, reader))
@@ -152,6 +152,18 @@ def plan(
     check_weights(weights, _shapes(model))
     kept = {path: settings for path, settings in modules.items() if path not in same}
     return Plan(made, kept, dtype, scaling)
+
+
+def _model_dtype(reader: TensorReader) -> mx.Dtype:
+    """The floating-point type of what is never quantized."""
+    norms = (n for n in reader.tensors if module_name(n) == "language_model.model.norm.weight")
+    return next(map(reader.dtype, norms), mx.bfloat16)
+
+
+def stored_config(folder: Path, config: ModelConfig) -> ModelConfig:
+    """`effective_config` of the tensors in `folder`, by their headers."""
+    with TensorReader(weight_files(folder)) as reader:
+        return effective_config(config, reader.shapes)
 
 
 def stored_settings(names: Iterable[str], config: ModelConfig) -> dict[str, Quantization]:

@@ -269,7 +269,7 @@ REFUSED = [
     (["-q", "4bit", "--image-tokens", "9"], "--image-tokens is for --plan"),
     (["-q", "auto", "--group-size", "32"], "auto chooses the group size"),
     (["--private"], "--private is for --upload"),
-    (["--upload", "mine"], "--upload takes OWNER/NAME, got 'mine'"),
+    (["--upload", "mine"], "'mine' is not the name of a Hub repository"),
     (["--shard-size", "0"], "--shard-size.*0"),
     (["--shard-size", "-1"], "--shard-size.*-1"),
     (["--shard-size", "nan"], "--shard-size.*nan"),
@@ -517,6 +517,18 @@ def modules(tensors: dict[str, mx.array]) -> set[str]:
     return {name.removesuffix(".scales") for name in tensors if name.endswith(".scales")}
 
 
+def test_uploading_without_a_login_ends_before_the_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    monkeypatch.setenv("HF_TOKEN_PATH", str(tmp_path / "none"))
+    monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
+    target = tmp_path / "a"
+    assert main(["--model", "demo", "-q", "4bit", "--upload", "me/mine", "-o", str(target)]) == 1
+    assert "hf auth login" in capsys.readouterr().err
+    assert not target.exists()
+
+
 def test_uploading(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -531,6 +543,7 @@ def test_uploading(
         return "https://huggingface.co/me/mine/commit/1"
 
     monkeypatch.setattr(hub_upload, "upload", upload)
+    monkeypatch.setenv("HF_TOKEN", "hf_token")
     argv = ["--model", "demo", "-q", "4bit", "--upload", "me/mine", "--private", "-o"]
     assert main([*argv, str(tmp_path / "a"), "--json"]) == 0
     assert sent == [(tmp_path / "a", "me/mine", True)]
