@@ -11,20 +11,22 @@ import json
 import re
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from qwen3vl_mlx import cli
 
 if TYPE_CHECKING:
     from qwen3vl_mlx.quant.evaluate import Quality
-    from qwen3vl_mlx.quant.examples import Example
 
 _EPILOG = """examples:
   python -m qwen3vl_mlx.evaluate my-4bit --source Qwen/Qwen3-VL-4B-Instruct --images ~/Pictures
   python -m qwen3vl_mlx.evaluate demo-2bit demo-4bit --source demo --tasks 200
   python -m qwen3vl_mlx.evaluate rtn=a/4bit awq=b/4bit --source demo --plot quality.png
+  python -m qwen3vl_mlx.evaluate --sweep --source demo --tasks 100 --plot quality.png
 
 columns:
   bits       per weight, over all of the checkpoint
@@ -50,7 +52,7 @@ def parser(prog: str) -> argparse.ArgumentParser:
     )
     p.add_argument(
         "checkpoints",
-        nargs="+",
+        nargs="*",
         metavar="[METHOD=]CHECKPOINT",
         help="folder or Hub id, behind the name of its line in the plot, if you like",
     )
@@ -79,6 +81,23 @@ def parser(prog: str) -> argparse.ArgumentParser:
         help="ask N held-out questions too, and judge the answers; only of use to the demo",
     )
     p.add_argument("--plot", metavar="FILE.png", help="draw KL against bits per weight")
+    p.add_argument(
+        "--card", action="store_true", help="write the numbers into each checkpoint's README.md"
+    )
+    sweep = p.add_argument_group("sweep: make the checkpoints too, in a temporary folder")
+    sweep.add_argument(
+        "--sweep",
+        nargs="?",
+        const="",
+        metavar="NAMES",
+        help="quantize the source to NAMES (default 2bit,3bit,4bit,mxfp4,nvfp4,6bit,8bit), rounded "
+        "to nearest and calibrated on drawn scenes to the same bits per weight",
+    )
+    sweep.add_argument(
+        "--compare-mlx-vlm",
+        metavar="PYTHON",
+        help="and with mlx-vlm's converter, under an interpreter that has it",
+    )
     p.add_argument("--json", action="store_true", help="print one JSON object")
     p.add_argument("--debug", action="store_true", help="show tracebacks")
     return p
@@ -92,8 +111,47 @@ def main(argv: Sequence[str] | None = None, prog: str = "python -m qwen3vl_mlx.e
 
 def run(args: argparse.Namespace) -> None:
     """Measure as `args` say and print. Raises Qwen3VLError."""
+    check(args)
     from qwen3vl_mlx import hub
+    from qwen3vl_mlx.quant.evaluate import check_comparable, check_plot, evaluate, plot
+    from qwen3vl_mlx.quant.examples import EVALUATION_SEED, make_examples
+
+    source = hub.resolve(args.source)
+    if args.plot is not None:
+        check_plot(Path(args.plot))
+    with ExitStack() as stack:
+        if args.sweep is not None:
+            temporary = stack.enter_context(TemporaryDirectory(prefix="qwen3vl-"))
+            made = sweep(args, source, Path(temporary))
+        else:
+            named = [split_label(text) for text in args.checkpoints]
+            made = [(method, shown_name(name), hub.resolve(name)) for method, name in named]
+        for _, _, folder in made:
+            check_comparable(source, folder)
+        examples = make_examples(
+            source,
+            args.images,
+            args.examples,
+            first_seed=EVALUATION_SEED,
+            answers=args.answers,
+        )
+        folders = [folder for _, _, folder in made]
+        measured = evaluate(source, folders, examples, questions=args.tasks, progress=True)
+    found = [replace(q, name=name) for q, (_, name, _) in zip(measured, made, strict=True)]
+    methods = [method for method, _, _ in made]
+    if args.plot is not None:
+        plot(lines_of(methods, found), Path(args.plot))
+    if args.card:
+        for folder, quality in zip(folders, found, strict=True):
+            write_card(folder, quality)
+    report = make_report(shown_name(args.source), source, methods, found)
+    print(json.dumps(report) if args.json else table(report))
+
+
+def check(args: argparse.Namespace) -> None:
+    """Refuse options that contradict each other, before any work. Raises InputError."""
     from qwen3vl_mlx.errors import InputError
+    from qwen3vl_mlx.quant.recipes import parse_preset
 
     for option, least in (("examples", 2), ("tasks", 0)):
         if (value := vars(args)[option]) < least:
@@ -102,27 +160,46 @@ def run(args: argparse.Namespace) -> None:
         raise InputError("--answers says who answers about --images; give a folder of pictures")
     if args.images is not None and not Path(args.images).expanduser().is_dir():
         raise InputError(f"--images: no folder {args.images}; give one that holds pictures")
-    source = hub.resolve(args.source)
-    named = [split_label(text) for text in args.checkpoints]
-    candidates = [hub.resolve(name) for _, name in named]
+    if args.sweep is None and not args.checkpoints:
+        raise InputError("give checkpoints to compare, or --sweep to make some")
+    if args.sweep is None and args.compare_mlx_vlm is not None:
+        raise InputError("--compare-mlx-vlm is for --sweep")
+    if args.sweep is not None and (args.checkpoints or args.card):
+        raise InputError("--sweep makes its own checkpoints, for the while: give none, nor --card")
+    for name in (args.sweep or "").split(",") if args.sweep else ():
+        parse_preset(name)
 
-    from qwen3vl_mlx.quant.evaluate import check_comparable, check_plot, evaluate, plot
 
-    if args.plot is not None:
-        check_plot(Path(args.plot))
-    for candidate in candidates:
-        check_comparable(source, candidate)
-    examples = make_examples(args, source)
-    measured = evaluate(source, candidates, examples, questions=args.tasks, progress=True)
-    found = [
-        replace(quality, name=shown_name(name))
-        for quality, (_, name) in zip(measured, named, strict=True)
-    ]
-    methods = [label for label, _ in named]
-    if args.plot is not None:
-        plot(lines_of(methods, found), Path(args.plot))
-    report = make_report(shown_name(args.source), source, methods, found)
-    print(json.dumps(report) if args.json else table(report))
+def sweep(args: argparse.Namespace, source: Path, folder: Path) -> list[tuple[str, str, Path]]:
+    """Method, name and folder of every checkpoint made from the source."""
+    from tqdm import tqdm
+
+    from qwen3vl_mlx import conversion, hub
+    from qwen3vl_mlx.quant.examples import CALIBRATION_SEED, make_examples
+    from qwen3vl_mlx.quant.sweep import CALIBRATION_EXAMPLES, POINTS, candidates
+
+    points = args.sweep.split(",") if args.sweep else POINTS
+    examples = make_examples(source, None, CALIBRATION_EXAMPLES, first_seed=CALIBRATION_SEED)
+    made = candidates(
+        conversion.open_source(hub.Snapshot(source)),
+        folder,
+        examples,
+        peer=args.compare_mlx_vlm,
+        points=points,
+    )
+    total = len(points) * (3 if args.compare_mlx_vlm is not None else 2)
+    shown = tqdm(made, "Quantizing", total, leave=False, disable=not sys.stderr.isatty())
+    return [(candidate.method, candidate.name, candidate.folder) for candidate in shown]
+
+
+def write_card(folder: Path, quality: Quality) -> None:
+    """Put the numbers into a checkpoint's model card, in place of earlier ones."""
+    from qwen3vl_mlx.card import with_quality
+    from qwen3vl_mlx.publish import replace_text
+
+    path = folder / "README.md"
+    card = path.read_text(encoding="utf-8") if path.exists() else ""
+    replace_text(path, with_quality(card, quality.to_dict()))
 
 
 def split_label(text: str) -> tuple[str, str]:
@@ -136,31 +213,6 @@ def split_label(text: str) -> tuple[str, str]:
 def shown_name(name: str) -> str:
     """A folder's own name, without the path; a Hub id as it is."""
     return Path(name).expanduser().resolve().name if Path(name).expanduser().is_dir() else name
-
-
-def make_examples(args: argparse.Namespace, source: Path) -> list[Example]:
-    """What the checkpoints are compared on, laid out by the source's processor."""
-    from qwen3vl_mlx import hub
-    from qwen3vl_mlx.models.config import read_config
-    from qwen3vl_mlx.processing.processor import Processor
-    from qwen3vl_mlx.quant.evaluate import check_comparable
-    from qwen3vl_mlx.quant.examples import EVALUATION_SEED, demo_examples, folder_examples
-
-    if args.images is None:
-        processor = Processor.from_folder(source, read_config(source))
-        return demo_examples(processor, args.examples, first_seed=EVALUATION_SEED)
-    from qwen3vl_mlx.api import load
-
-    answering = source if args.answers is None else hub.resolve(args.answers)
-    check_comparable(source, answering)
-    model = load(answering, progress=True)
-    return folder_examples(
-        model,
-        args.images,
-        args.examples,
-        note=lambda line: print(line, file=sys.stderr),
-        progress=True,
-    )
 
 
 def lines_of(methods: Sequence[str], found: Sequence[Quality]) -> dict[str, list[Quality]]:

@@ -6,6 +6,7 @@ Knows module paths, shapes and arrays; nothing of files.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -72,6 +73,15 @@ def assign(recipe: Recipe, shapes: Mapping[str, Shape]) -> Assignment:
         else:
             modules[path] = chosen
     return Assignment(recipe.name, recipe.base, modules, whole)
+
+
+def overridden(
+    assignment: Assignment, overrides: Mapping[str, Quantization], name: str
+) -> Assignment:
+    """The same modules with other settings for some, under another name."""
+    modules = {**assignment.modules, **overrides}
+    default = Counter(modules.values()).most_common(1)[0][0]
+    return Assignment(name, default, modules, assignment.whole)
 
 
 def packed_shapes(shape: Shape, settings: Quantization) -> dict[str, Shape]:

@@ -24,6 +24,7 @@ from qwen3vl_mlx.engine.state import CacheState
 from qwen3vl_mlx.errors import ImageError, InputError
 from qwen3vl_mlx.media import load_image
 from qwen3vl_mlx.media_decode import HEAD_BYTES, format_of
+from qwen3vl_mlx.models.config import read_config
 from qwen3vl_mlx.models.qwen3_vl import Model
 from qwen3vl_mlx.processing.processor import MaxPixels, Processor
 from qwen3vl_mlx.processing.prompt import Prompt
@@ -35,8 +36,8 @@ if TYPE_CHECKING:
 # Seeds of drawn scenes, thousands apart: no count in use makes them meet. The demo learnt from
 # pictures of another generator, so all of these are new to it.
 CALIBRATION_SEED = 1_000_000
-EVALUATION_SEED = 2_000_000
-TASK_SEED = 3_000_000
+EVALUATION_SEED = 4_000_000
+TASK_SEED = 5_000_000
 
 MAX_PIXELS = 512 * 32 * 32
 """Pixel limit of a picture from a folder: 512 visual tokens, whose features stay in memory."""
@@ -90,6 +91,30 @@ def with_answer(name: str, prompt: Prompt, answer_ids: Sequence[int]) -> Example
         index=replace(index, position_ids=positions),  # the delta stays: one position a token
     )
     return Example(name, longer, length)
+
+
+def make_examples(
+    source: Path,
+    images: str | os.PathLike[str] | None,
+    count: int,
+    *,
+    first_seed: int,
+    answers: str | None = None,
+) -> list[Example]:
+    """What a command asks: about the pictures in `images`, else about drawn scenes.
+
+    answers: the checkpoint that says what is compared; None is the source itself, quantized while
+    it is loaded if it does not fit this machine. Notes and bars go to stderr.
+    """
+    if images is None:
+        processor = Processor.from_folder(source, read_config(source))
+        return demo_examples(processor, count, first_seed=first_seed)
+    from qwen3vl_mlx.api import load
+
+    model = load(source, quantize="auto") if answers is None else load(answers, progress=True)
+    return folder_examples(
+        model, images, count, note=lambda line: print(line, file=sys.stderr), progress=True
+    )
 
 
 def demo_examples(processor: Processor, count: int, *, first_seed: int) -> list[Example]:
