@@ -15,12 +15,15 @@ from qwen3vl_mlx import cli
 if TYPE_CHECKING:
     from qwen3vl_mlx.conversion import Report, Source
     from qwen3vl_mlx.quant.apply import Assignment
+    from qwen3vl_mlx.quant.calibrate import Calibration
+    from qwen3vl_mlx.quant.evaluate import Quality
     from qwen3vl_mlx.quant.policy import Request
 
 _EPILOG = """examples:
   python -m qwen3vl_mlx.convert --model Qwen/Qwen3-VL-8B-Instruct --quantize 4bit
   python -m qwen3vl_mlx.convert --model Qwen/Qwen3-VL-8B-Instruct --plan --memory 16GB
   python -m qwen3vl_mlx.convert --model demo --quantize auto --output demo-auto
+  python -m qwen3vl_mlx.convert --model my-vl --quantize 3bit --calibrate ~/Pictures --evaluate
   python -m qwen3vl_mlx.convert --model my-finetune-fp8 --dequantize --output my-finetune
   python -m qwen3vl_mlx.convert --model mlx-community/Qwen3-VL-4B-Instruct-bf16 --to-hf
 
@@ -74,13 +77,50 @@ def parser(prog: str) -> argparse.ArgumentParser:
     what.add_argument(
         "--shard-size", type=float, default=5.0, metavar="GB", help="of each file (default 5)"
     )
+    _add_calibration(p.add_argument_group("calibration: better than rounding, at the same size"))
     _add_plan(p.add_argument_group("auto: the best quantization that fits"))
     out = p.add_argument_group("output")
+    out.add_argument(
+        "--evaluate",
+        nargs="?",
+        const="",
+        metavar="FOLDER",
+        help="compare the result with its source on the pictures in FOLDER, or on drawn scenes, "
+        "and write the numbers into its model card",
+    )
     out.add_argument("--upload", metavar="REPO", help="upload the result to this Hub repository")
     out.add_argument("--private", action="store_true", help="make that repository private")
     out.add_argument("--json", action="store_true", help="print one JSON object at the end")
     out.add_argument("--debug", action="store_true", help="show tracebacks")
     return p
+
+
+def _add_calibration(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--calibrate",
+        nargs="?",
+        const="",
+        metavar="FOLDER",
+        help="measure what matters on the pictures in FOLDER, or on drawn scenes",
+    )
+    group.add_argument(
+        "--examples", type=int, default=32, metavar="N", help="questions to ask (default 32)"
+    )
+    group.add_argument(
+        "--answers",
+        metavar="NAME",
+        help="the checkpoint whose answers about pictures are used (default: the source, "
+        "quantized while loading if it does not fit)",
+    )
+    group.add_argument(
+        "--bits-per-weight",
+        type=float,
+        metavar="B",
+        help="choose settings module by module to cost least at B bits over all parameters; "
+        "the whole model must fit in memory",
+    )
+    group.add_argument("--save-calibration", metavar="FILE", help="a .safetensors file to keep")
+    group.add_argument("--calibration", metavar="FILE", help="use one that was kept")
 
 
 def _add_plan(group: argparse._ArgumentGroup) -> None:
@@ -117,20 +157,23 @@ def convert(args: argparse.Namespace) -> None:
         check_target(output, hub.local_folder(args.model, args.revision), force=args.force)
     source = conversion.open_source(hub.snapshot(args.model, args.revision))
     assignment = choose(args, request, source)
-    target = output or Path(default_name(args, source, assignment))
+    scaling, assignment = calibration(args, source, assignment)
+    target = args.output or Path(default_name(args, source, assignment))
     report = conversion.convert(
         source,
         target,
         assignment,
         dtype=conversion.DTYPES[args.dtype] if args.dtype else None,
+        scaling=scaling,
         to_hf=args.to_hf,
         name=args.upload,
         force=args.force,
         shard_bytes=int(args.shard_size * 1e9),
         progress=True,
     )
+    measured = measure(args, source, target) if args.evaluate is not None else None
     uploaded = upload(args, target) if args.upload else None
-    show(args, report, uploaded)
+    show(args, report, measured, uploaded)
 
 
 def check(args: argparse.Namespace) -> Request:
@@ -147,7 +190,10 @@ def check(args: argparse.Namespace) -> Request:
     whole = "--to-hf" if args.to_hf else "--dequantize" if args.dequantize else None
     if whole and name is not None:
         raise InputError(f"{whole} writes whole weights: it excludes --quantize")
+    check_calibration(args)
     needs = {
+        "--calibrate": args.calibrate,
+        "--calibration": args.calibration,
         "--group-size": args.group_size,
         "--topology": args.topology,
         "--quantize-vision": args.quantize_vision or None,
@@ -180,6 +226,29 @@ def check(args: argparse.Namespace) -> Request:
         context=args.context,
         image_tokens=args.image_tokens,
     )
+
+
+def check_calibration(args: argparse.Namespace) -> None:
+    """Refuse contradicting options of calibration and evaluation. Raises InputError."""
+    from qwen3vl_mlx.errors import InputError
+
+    if args.calibrate is not None and args.calibration is not None:
+        raise InputError("--calibrate makes a calibration, --calibration brings one: give one")
+    for option, value in (
+        ("--bits-per-weight", args.bits_per_weight),
+        ("--save-calibration", args.save_calibration),
+    ):
+        if value is not None and args.calibrate is None:
+            raise InputError(f"{option} needs --calibrate")
+    if args.calibrate and args.calibrate == args.evaluate:
+        raise InputError("--evaluate on the pictures of --calibrate says nothing: give others")
+    if args.answers is not None and not (args.calibrate or args.evaluate):
+        raise InputError("--answers says who answers about the pictures of a folder: give one")
+    if args.examples < 2:
+        raise InputError(f"--examples must be at least 2, got {args.examples}")
+    for option, folder in (("--calibrate", args.calibrate), ("--evaluate", args.evaluate)):
+        if folder and not Path(folder).expanduser().is_dir():
+            raise InputError(f"{option}: no folder {folder}; give one that holds pictures")
 
 
 def show_plan(args: argparse.Namespace, request: Request) -> None:
@@ -216,6 +285,63 @@ def choose(args: argparse.Namespace, request: Request, source: Source) -> Assign
     return assignment
 
 
+def calibration(
+    args: argparse.Namespace, source: Source, assignment: Assignment | None
+) -> tuple[Calibration | None, Assignment | None]:
+    """What the weights are quantized with, and the settings it calls for. Raises InputError."""
+    if args.calibrate is None and args.calibration is None:
+        return None, assignment
+
+    from qwen3vl_mlx.errors import InputError
+    from qwen3vl_mlx.quant.apply import overridden
+    from qwen3vl_mlx.quant.calibrate import Calibration, calibrate
+    from qwen3vl_mlx.quant.examples import CALIBRATION_SEED, make_examples
+
+    if assignment is None:
+        raise InputError("auto leaves this model whole: there is nothing to calibrate")
+    if args.calibration is not None:
+        found = Calibration.load(args.calibration)
+        found.check(source.config)
+    else:
+        folder = source.snapshot.folder
+        examples = make_examples(
+            folder,
+            args.calibrate or None,
+            args.examples,
+            first_seed=CALIBRATION_SEED,
+            answers=args.answers,
+        )
+        found = calibrate(
+            folder,
+            examples,
+            assignment.modules,
+            target_bits_per_weight=args.bits_per_weight,
+            progress=True,
+        )
+        if args.save_calibration is not None:
+            found.save(args.save_calibration)
+    return found, overridden(assignment, found.overrides, f"{assignment.name}-calibrated")
+
+
+def measure(args: argparse.Namespace, source: Source, target: Path) -> Quality:
+    """Compare the result with its source, and say so in its model card."""
+    from qwen3vl_mlx.evaluate import write_card
+    from qwen3vl_mlx.quant.evaluate import evaluate
+    from qwen3vl_mlx.quant.examples import EVALUATION_SEED, make_examples
+
+    folder = source.snapshot.folder
+    examples = make_examples(
+        folder,
+        args.evaluate or None,
+        args.examples,
+        first_seed=EVALUATION_SEED,
+        answers=args.answers,
+    )
+    (quality,) = evaluate(folder, [target], examples, progress=True)
+    write_card(target, quality)
+    return quality
+
+
 def default_name(args: argparse.Namespace, source: Source, assignment: Assignment | None) -> str:
     """`Qwen3-VL-4B-Instruct-4bit`, in the current folder."""
     base = source.name.rsplit("/", 1)[-1]
@@ -233,10 +359,13 @@ def upload(args: argparse.Namespace, target: Path) -> str:
     return send(target, args.upload, private=args.private)
 
 
-def show(args: argparse.Namespace, report: Report, uploaded: str | None) -> None:
+def show(
+    args: argparse.Namespace, report: Report, measured: Quality | None, uploaded: str | None
+) -> None:
     """Print what was made."""
     if args.json:
-        print(json.dumps({**report.to_dict(), "uploaded": uploaded}))
+        quality = measured.to_dict() if measured is not None else None
+        print(json.dumps({**report.to_dict(), "quality": quality, "uploaded": uploaded}))
         return
     if report.whole:
         print(f"left whole: {len(report.whole)} modules, {next(iter(report.whole.values()))} ...")
@@ -244,6 +373,11 @@ def show(args: argparse.Namespace, report: Report, uploaded: str | None) -> None
         f"{report.output}: {cli.size(report.nbytes)}, {report.bits_per_weight:.2f} bits per "
         f"weight, {report.seconds:.1f} s"
     )
+    if measured is not None:
+        print(
+            f"KL to its source {measured.kl:.6f} ± {measured.kl_error:.6f} nats, "
+            f"{measured.agreement:.1%} same likeliest token, over {measured.tokens} tokens"
+        )
     if uploaded:
         print(f"uploaded: {uploaded}")
 

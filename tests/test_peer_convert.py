@@ -23,6 +23,7 @@ from mlx_vlm.convert import convert as peer_convert  # noqa: E402
 from test_peer import TOLERANCE, messages, our_logits, peer_logits  # noqa: E402
 
 from qwen3vl_mlx.api import load  # noqa: E402
+from qwen3vl_mlx.convert import main  # noqa: E402
 
 TEXT = [{"role": "user", "content": "Tell me of the sea and the old stone house."}]
 
@@ -53,6 +54,16 @@ def test_ours_in_mlx_vlm(
     if variant == "moe" and quantize is not None:
         section = read_json(tmp_path / "ours" / "config.json")["quantization"]
         assert section["language_model.model.layers.0.mlp.gate"]["bits"] == 8
+    agree(tmp_path / "ours")
+
+
+def test_calibrated_in_mlx_vlm(tmp_path: Path) -> None:
+    """Scaled norms, error feedback and settings of every module's own."""
+    argv = ["--model", "demo", "-q", "3bit", "--calibrate", "--examples", "4"]
+    argv += ["--bits-per-weight", "11.5", "--dtype", "float32"]
+    assert main([*argv, "-o", str(tmp_path / "ours")]) == 0
+    section = read_json(tmp_path / "ours" / "config.json")["quantization"]
+    assert len({str(value) for value in section.values() if isinstance(value, dict)}) > 1
     agree(tmp_path / "ours")
 
 
