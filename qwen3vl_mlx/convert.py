@@ -325,8 +325,7 @@ def calibration(
 
 def measure(args: argparse.Namespace, source: Source, target: Path) -> Quality:
     """Compare the result with its source, and say so in its model card."""
-    from qwen3vl_mlx.evaluate import write_card
-    from qwen3vl_mlx.quant.evaluate import evaluate
+    from qwen3vl_mlx.quant.evaluate import evaluate, write_card
     from qwen3vl_mlx.quant.examples import EVALUATION_SEED, make_examples
 
     folder = source.snapshot.folder

@@ -113,7 +113,13 @@ def run(args: argparse.Namespace) -> None:
     """Measure as `args` say and print. Raises Qwen3VLError."""
     check(args)
     from qwen3vl_mlx import hub
-    from qwen3vl_mlx.quant.evaluate import check_comparable, check_plot, evaluate, plot
+    from qwen3vl_mlx.quant.evaluate import (
+        check_comparable,
+        check_plot,
+        evaluate,
+        plot,
+        write_card,
+    )
     from qwen3vl_mlx.quant.examples import EVALUATION_SEED, make_examples
 
     source = hub.resolve(args.source)
@@ -190,16 +196,6 @@ def sweep(args: argparse.Namespace, source: Path, folder: Path) -> list[tuple[st
     total = len(points) * (3 if args.compare_mlx_vlm is not None else 2)
     shown = tqdm(made, "Quantizing", total, leave=False, disable=not sys.stderr.isatty())
     return [(candidate.method, candidate.name, candidate.folder) for candidate in shown]
-
-
-def write_card(folder: Path, quality: Quality) -> None:
-    """Put the numbers into a checkpoint's model card, in place of earlier ones."""
-    from qwen3vl_mlx.card import with_quality
-    from qwen3vl_mlx.publish import replace_text
-
-    path = folder / "README.md"
-    card = path.read_text(encoding="utf-8") if path.exists() else ""
-    replace_text(path, with_quality(card, quality.to_dict()))
 
 
 def split_label(text: str) -> tuple[str, str]:

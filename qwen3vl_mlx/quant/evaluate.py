@@ -20,6 +20,7 @@ import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 
+from qwen3vl_mlx.card import with_quality
 from qwen3vl_mlx.demo.scenes import is_correct
 from qwen3vl_mlx.errors import InputError
 from qwen3vl_mlx.loading import (
@@ -32,6 +33,7 @@ from qwen3vl_mlx.loading import (
 from qwen3vl_mlx.models.config import ModelConfig, read_config
 from qwen3vl_mlx.processing.processor import Processor
 from qwen3vl_mlx.processing.tokenizer import Tokenizer
+from qwen3vl_mlx.publish import replace_text
 from qwen3vl_mlx.quant.apply import Weight, parameter_shapes
 from qwen3vl_mlx.quant.examples import (
     TASK_SEED,
@@ -318,6 +320,13 @@ class _Tasks:
             source_accuracy=self.accuracy(self.expected),
             same_answers=sum(same) / len(same),
         )
+
+
+def write_card(folder: Path, quality: Quality) -> None:
+    """Put the numbers into a checkpoint's model card, in place of earlier ones."""
+    path = folder / "README.md"
+    card = path.read_text(encoding="utf-8") if path.exists() else ""
+    replace_text(path, with_quality(card, quality.to_dict()))
 
 
 def plot(lines: Mapping[str, Sequence[Quality]], path: Path) -> None:
