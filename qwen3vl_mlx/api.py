@@ -7,7 +7,6 @@ print(model.generate("What is this?", images=["photo.jpg"]).text)
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 import time
@@ -29,6 +28,7 @@ from qwen3vl_mlx.engine.output import Chunk, Completion, collect
 from qwen3vl_mlx.engine.sampling import SamplingParams, default_params
 from qwen3vl_mlx.engine.state import CacheState
 from qwen3vl_mlx.errors import CheckpointError, InputError, PromptError
+from qwen3vl_mlx.jsonfiles import read_generation_config
 from qwen3vl_mlx.loading import default_dtype, load_model, load_quantized, stored_config
 from qwen3vl_mlx.media import ImageSource
 from qwen3vl_mlx.models.config import ModelConfig, read_config
@@ -96,22 +96,6 @@ def _load_weights(
                 folder, assignment.modules, dtype, config=config, progress=progress
             )
     return load_model(folder, dtype, config=config, progress=progress)
-
-
-def read_generation_config(folder: Path) -> Mapping[str, Any]:
-    """generation_config.json, or what config.json says in its place. May be empty."""
-    for name, key in (("generation_config.json", None), ("config.json", "generation_config")):
-        path = folder / name
-        if not path.exists():
-            continue
-        try:
-            values = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise CheckpointError(f"{path} cannot be read as JSON: {error}") from error
-        values = values.get(key) if key and isinstance(values, dict) else values
-        if isinstance(values, dict):
-            return values
-    return {}
 
 
 class Qwen3VL:

@@ -20,8 +20,9 @@ import mlx.core as mx
 
 from qwen3vl_mlx.card import CardFacts, model_card, source_license
 from qwen3vl_mlx.demo import CHECKPOINT
-from qwen3vl_mlx.errors import CheckpointError, ConfigError, InputError
+from qwen3vl_mlx.errors import ConfigError, InputError
 from qwen3vl_mlx.hub import Snapshot
+from qwen3vl_mlx.jsonfiles import read_config_values, read_generation_config
 from qwen3vl_mlx.layout import hub_pieces
 from qwen3vl_mlx.loading import (
     plan,
@@ -105,15 +106,7 @@ class Report:
 
 def open_source(snapshot: Snapshot) -> Source:
     """Read a checkpoint's config and its tensors' headers. Raises CheckpointError."""
-    path = snapshot.folder / "config.json"
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(
-            f"{snapshot.folder} has no config.json: give the folder of a Qwen3-VL checkpoint"
-        ) from None
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read as JSON: {error}") from error
+    values = read_config_values(snapshot.folder)
     if not isinstance(values, dict):
         raise ConfigError("config.json: the top level must be an object")
     config = stored_config(snapshot.folder, parse_config(values))
@@ -220,7 +213,7 @@ def write_checkpoint(
         finally:
             writer.close()
         copy_files(output.source.snapshot.folder, folder)
-        generation = generation_config(output.source)
+        generation = read_generation_config(output.source.snapshot.folder)
         path = folder / "generation_config.json"
         if generation and not path.exists():  # it stood in config.json alone
             write_text(path, json.dumps(generation, indent=2))
@@ -277,7 +270,7 @@ def output_config(output: Output) -> dict[str, Any]:
     """
     values = hub_dialect(output.source.values)
     values["tie_word_embeddings"] = values["text_config"]["tie_word_embeddings"] = output.tied
-    generation = generation_config(output.source)
+    generation = read_generation_config(output.source.snapshot.folder)
     hoisted = {key: generation[key] for key in _HOISTED if key in generation}
     for key in (*_DROPPED, *hoisted):
         values.pop(key, None)
@@ -291,18 +284,6 @@ def output_config(output: Output) -> dict[str, Any]:
         section = config_section(output.assignment)
         values |= {"quantization": section, "quantization_config": section}
     return values
-
-
-def generation_config(source: Source) -> Mapping[str, Any]:
-    """generation_config.json, or what config.json says in its place. May be empty."""
-    path = source.snapshot.folder / "generation_config.json"
-    values = source.values.get("generation_config")
-    if path.exists():
-        try:
-            values = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise CheckpointError(f"{path} cannot be read as JSON: {error}") from error
-    return values if isinstance(values, dict) else {}
 
 
 def hub_dialect(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -158,7 +158,7 @@ def convert(args: argparse.Namespace) -> None:
     source = conversion.open_source(hub.snapshot(args.model, args.revision))
     assignment = choose(args, request, source)
     scaling, assignment = calibration(args, source, assignment)
-    target = args.output or Path(default_name(args, source, assignment))
+    target = output or Path(default_name(args, source, assignment))
     report = conversion.convert(
         source,
         target,

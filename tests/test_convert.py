@@ -31,10 +31,11 @@ from huggingface_hub import metadata_load
 from layouts import LAYOUTS, as_mlx, wide, wide_config, write
 
 from qwen3vl_mlx import cli, hub_upload, stream
-from qwen3vl_mlx.api import load, read_generation_config
+from qwen3vl_mlx.api import load
 from qwen3vl_mlx.convert import main
 from qwen3vl_mlx.demo import CHECKPOINT
 from qwen3vl_mlx.errors import HubError, InputError
+from qwen3vl_mlx.jsonfiles import read_generation_config
 from qwen3vl_mlx.loading import load_model, load_quantized
 from qwen3vl_mlx.models.config import Quantization, parse_config, read_config
 from qwen3vl_mlx.quant.apply import Assignment
@@ -603,6 +604,7 @@ import resource, sys
 from pathlib import Path
 from qwen3vl_mlx import stream
 from qwen3vl_mlx.convert import main
+from qwen3vl_mlx.jsonfiles import read_generation_config
 stream.BLOCK_BYTES = int(sys.argv[1])
 status = main(sys.argv[2:])
 proc = Path("/proc/self/status")

@@ -8,7 +8,6 @@ A value this package cannot honour is a `ConfigError` naming its key.
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Mapping
@@ -16,7 +15,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from qwen3vl_mlx.errors import CheckpointError, ConfigError
+from qwen3vl_mlx.errors import ConfigError
+from qwen3vl_mlx.jsonfiles import read_config_values
 from qwen3vl_mlx.models.section import Section
 
 MODEL_TYPES = ("qwen3_vl", "qwen3_vl_moe")
@@ -146,16 +146,7 @@ class ModelConfig:
 
 def read_config(folder: Path) -> ModelConfig:
     """Read `folder/config.json`. Raises CheckpointError (no file, not JSON) or ConfigError."""
-    path = folder / "config.json"
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(
-            f"{folder} has no config.json: give the folder of a Qwen3-VL checkpoint"
-        ) from None
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read as JSON: {error}") from error
-    return parse_config(values)
+    return parse_config(read_config_values(folder))
 
 
 def parse_config(values: Mapping[str, Any]) -> ModelConfig:
