@@ -157,8 +157,9 @@ def convert(args: argparse.Namespace) -> None:
         check_target(output, hub.local_folder(args.model, args.revision), force=args.force)
     source = conversion.open_source(hub.snapshot(args.model, args.revision))
     assignment = choose(args, request, source)
-    scaling, assignment = calibration(args, source, assignment)
     target = output or Path(default_name(args, source, assignment))
+    check_target(target, source.snapshot.folder, force=args.force)  # before a calibration
+    scaling, assignment = calibration(args, source, assignment)
     report = conversion.convert(
         source,
         target,
@@ -348,7 +349,9 @@ def default_name(args: argparse.Namespace, source: Source, assignment: Assignmen
         return f"{base}-hf"
     if args.quantize is None or assignment is None:
         return f"{base}-{args.dtype or 'mlx'}"
-    return f"{base}-{assignment.name}{'-vision' if args.quantize_vision else ''}"
+    vision = "-vision" if args.quantize_vision else ""
+    calibrated = "-calibrated" if args.calibrate is not None or args.calibration else ""
+    return f"{base}-{assignment.name}{vision}{calibrated}"
 
 
 def upload(args: argparse.Namespace, target: Path) -> str:
