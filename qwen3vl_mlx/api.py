@@ -8,7 +8,6 @@ print(model.generate("What is this?", images=["photo.jpg"]).text)
 from __future__ import annotations
 
 import os
-import sys
 import time
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -29,7 +28,13 @@ from qwen3vl_mlx.engine.sampling import SamplingParams, default_params
 from qwen3vl_mlx.engine.state import CacheState
 from qwen3vl_mlx.errors import CheckpointError, InputError, PromptError
 from qwen3vl_mlx.jsonfiles import read_generation_config
-from qwen3vl_mlx.loading import default_dtype, load_model, load_quantized, stored_config
+from qwen3vl_mlx.loading import (
+    default_dtype,
+    load_model,
+    load_quantized,
+    stored_config,
+    stored_modules,
+)
 from qwen3vl_mlx.media import ImageSource
 from qwen3vl_mlx.models.config import ModelConfig, read_config
 from qwen3vl_mlx.models.qwen3_vl import Model
@@ -84,13 +89,18 @@ def _load_weights(
     if quantize is None and topology is not None:
         raise InputError('a topology file holds exceptions: say from what, quantize="4bit"')
     if quantize is not None:
+        from qwen3vl_mlx.conversion import as_assignment
         from qwen3vl_mlx.quant import policy
 
         request = policy.Request(quantize, topology=topology)
         config = stored_config(folder, config)
         assignment = policy.choose(config, request)
+        if quantize == policy.AUTO and config.quantization is not None:
+            kept = as_assignment(stored_modules(folder, config))
+            if kept is not None and policy.smaller(config, kept, assignment) is kept:
+                assignment = None  # as it is stored
         if progress:
-            print(policy.describe(config, request, assignment), file=sys.stderr)
+            policy.tell(config, request, assignment)
         if assignment is not None:
             return load_quantized(
                 folder, assignment.modules, dtype, config=config, progress=progress
@@ -249,11 +259,14 @@ class Qwen3VL:
         """
         if self._running:
             raise InputError(
-                f"{self._running} requests are running: requantize when they have ended"
+                f"answers are being generated ({self._running}): requantize when they have ended"
             )
+        if quantize is None:
+            raise InputError('requantize takes a quantization such as "4bit"')
         config = read_config(self.source.folder)
         dtype = self.model.vision_tower.patch_embed.proj.weight.dtype
         self.model = _load_weights(self.source.folder, config, quantize, topology, dtype, progress)
+        mx.clear_cache()
         wire_memory()
 
     def save(

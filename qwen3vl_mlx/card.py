@@ -74,6 +74,13 @@ def model_card(facts: CardFacts) -> str:
     return card if facts.quality is None else with_quality(card, facts.quality)
 
 
+def hub_card(facts: CardFacts) -> str:
+    """README.md of a checkpoint in the Hub's layout: what it is, and of which source."""
+    name, source = _escaped(_public(facts.name)), _code(_public(facts.source))
+    line = f"{source}, whole and in the Hub's layout, for transformers; by qwen3vl_mlx."
+    return f"# {name}\n\n{line}\n\n{_summary(facts)}\n"
+
+
 def with_quality(card: str, quality: Mapping[str, float | None]) -> str:
     """`card` with its section of measurements added, or replaced.
 

@@ -10,7 +10,7 @@ import json
 import math
 import shutil
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,17 +18,18 @@ from typing import Any
 
 import mlx.core as mx
 
-from qwen3vl_mlx.card import CardFacts, model_card, source_license
+from qwen3vl_mlx.card import CardFacts, hub_card, model_card, source_license
 from qwen3vl_mlx.demo import CHECKPOINT
 from qwen3vl_mlx.errors import ConfigError, InputError
 from qwen3vl_mlx.hub import Snapshot
 from qwen3vl_mlx.jsonfiles import read_config_values, read_generation_config
 from qwen3vl_mlx.layout import hub_pieces
 from qwen3vl_mlx.loading import (
+    model_dtype,
     plan,
     progress_bar,
     stored_config,
-    stored_settings,
+    stored_modules,
     weight_files,
 )
 from qwen3vl_mlx.models.config import ModelConfig, Quantization, parse_config
@@ -52,6 +53,7 @@ from qwen3vl_mlx.tensorfile import (
 )
 
 SHARD_BYTES = 5 * 2**30
+_WAITING = 3  # blocks made and not yet written
 DTYPES = {"bfloat16": mx.bfloat16, "float16": mx.float16, "float32": mx.float32}
 
 # Configs, processor, tokenizer, template, licence.
@@ -115,8 +117,13 @@ def open_source(snapshot: Snapshot) -> Source:
 
 def stored_assignment(source: Source) -> Assignment | None:
     """The quantization a checkpoint has already; None where it is whole."""
+    return as_assignment(stored_modules(source.snapshot.folder, source.config))
+
+
+def itemsize(source: Source) -> int:
+    """Bytes of a parameter that is not quantized."""
     with TensorReader(weight_files(source.snapshot.folder)) as reader:
-        return as_assignment(stored_settings(reader.shapes, source.config))
+        return model_dtype(reader).size
 
 
 def as_assignment(modules: Mapping[str, Quantization]) -> Assignment | None:
@@ -219,15 +226,15 @@ def write_checkpoint(
             write_text(path, json.dumps(generation, indent=2))
         values = output_config(output)
         write_text(folder / "config.json", json.dumps(values, indent=2, sort_keys=True))
-        if not output.to_hf:
-            write_text(folder / "README.md", model_card(facts))
+        card = hub_card(facts) if output.to_hf else model_card(facts)
+        write_text(folder / "README.md", card)
 
 
 def _write_weights(writer: ShardWriter, work: Plan, reader: TensorReader, progress: bool) -> None:
     """Stream all tensors to disk and check what arrived there."""
     from concurrent.futures import Future, ThreadPoolExecutor
 
-    pending: list[Future[None]] = []
+    pending: deque[Future[None]] = deque()
 
     def write(parts: Mapping[str, memoryview]) -> None:
         for name, data in parts.items():
@@ -239,13 +246,13 @@ def _write_weights(writer: ShardWriter, work: Plan, reader: TensorReader, progre
     ):
         for block in blocks(work, reader):
             parts = {name: raw_bytes(rows) for name, rows in block.parameters.items()}
-            while pending:  # one block is written while the next is made
-                pending.pop().result()
+            while len(pending) >= _WAITING:
+                pending.popleft().result()
             pending.append(pool.submit(write, parts))
             bar.update(block.read_bytes)
             mx.clear_cache()
         while pending:
-            pending.pop().result()
+            pending.popleft().result()
     verify(writer, progress)
 
 

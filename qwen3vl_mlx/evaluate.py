@@ -170,6 +170,8 @@ def check(args: argparse.Namespace) -> None:
         raise InputError("give checkpoints to compare, or --sweep to make some")
     if args.sweep is None and args.compare_mlx_vlm is not None:
         raise InputError("--compare-mlx-vlm is for --sweep")
+    if args.card and not all(is_own(split_label(text)[1]) for text in args.checkpoints):
+        raise InputError("--card writes into folders of your own, not the Hub's or the demo")
     if args.sweep is not None and (args.checkpoints or args.card):
         raise InputError("--sweep makes its own checkpoints, for the while: give none, nor --card")
     for name in (args.sweep or "").split(",") if args.sweep else ():
@@ -196,6 +198,14 @@ def sweep(args: argparse.Namespace, source: Path, folder: Path) -> list[tuple[st
     total = len(points) * (3 if args.compare_mlx_vlm is not None else 2)
     shown = tqdm(made, "Quantizing", total, leave=False, disable=not sys.stderr.isatty())
     return [(candidate.method, candidate.name, candidate.folder) for candidate in shown]
+
+
+def is_own(name: str) -> bool:
+    """Whether a checkpoint's name is a folder that the user made."""
+    from qwen3vl_mlx.demo import CHECKPOINT
+
+    path = Path(name).expanduser()
+    return name != "demo" and path.is_dir() and path.resolve() != CHECKPOINT.resolve()
 
 
 def split_label(text: str) -> tuple[str, str]:

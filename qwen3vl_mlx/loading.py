@@ -144,7 +144,7 @@ def plan(
     stored = stored_settings(reader.shapes, config)
     same = {p for p, settings in stored.items() if modules.get(p) == settings and scaling is None}
     unpacked = {path: settings for path, settings in stored.items() if path not in same}
-    made = pieces(reader.shapes, config, unpacked, _model_dtype(reader))
+    made = pieces(reader.shapes, config, unpacked, model_dtype(reader))
     weights: Weights = {}
     for piece in made:
         weights.update(lazily(piece, reader))
@@ -154,7 +154,7 @@ def plan(
     return Plan(made, kept, dtype, scaling)
 
 
-def _model_dtype(reader: TensorReader) -> mx.Dtype:
+def model_dtype(reader: TensorReader) -> mx.Dtype:
     """The floating-point type of what is never quantized."""
     norms = (n for n in reader.tensors if module_name(n) == "language_model.model.norm.weight")
     return next(map(reader.dtype, norms), mx.bfloat16)
@@ -164,6 +164,12 @@ def stored_config(folder: Path, config: ModelConfig) -> ModelConfig:
     """`effective_config` of the tensors in `folder`, by their headers."""
     with TensorReader(weight_files(folder)) as reader:
         return effective_config(config, reader.shapes)
+
+
+def stored_modules(folder: Path, config: ModelConfig) -> dict[str, Quantization]:
+    """`stored_settings` of the tensors in `folder`, by their headers."""
+    with TensorReader(weight_files(folder)) as reader:
+        return stored_settings(reader.shapes, config)
 
 
 def stored_settings(names: Iterable[str], config: ModelConfig) -> dict[str, Quantization]:
@@ -334,14 +340,17 @@ class _NoBar:
 
 
 @contextmanager
-def progress_bar(total: int, label: str, wanted: bool) -> Iterator[Any]:
-    """A bar of bytes on stderr, where that is a terminal and the work takes over a second."""
-    if not wanted or total < _BAR_BYTES or not sys.stderr.isatty():
+def progress_bar(total: int, label: str, wanted: bool, *, counts: bool = False) -> Iterator[Any]:
+    """A bar of bytes, or of steps, on stderr, where that is a terminal and the work takes time."""
+    if not wanted or (total < _BAR_BYTES and not counts) or not sys.stderr.isatty():
         yield _NoBar()
         return
     from tqdm import tqdm
 
-    with tqdm(total=total, desc=label, unit="B", unit_scale=True, delay=1.0, leave=False) as bar:
+    unit = "it" if counts else "B"
+    with tqdm(
+        total=total, desc=label, unit=unit, unit_scale=not counts, delay=1.0, leave=False
+    ) as bar:
         yield bar
 
 

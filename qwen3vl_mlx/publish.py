@@ -23,6 +23,9 @@ def check_target(target: Path, source: Path | None, *, force: bool) -> None:
         raise InputError(f"{target} is the source itself; give another --output")
     if source is not None and target.resolve() in source.resolve().parents:
         raise InputError(f"{target} holds the source; give another --output")
+    here = Path.cwd()
+    if target.exists() and (target.resolve() == here or target.resolve() in here.parents):
+        raise InputError(f"{target} is or holds the current folder; give another output")
     if not target.exists() or not any(target.iterdir()):
         return
     if not force:

@@ -10,9 +10,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cache
-from itertools import cycle, pairwise
-from threading import get_ident
+from itertools import pairwise
 from typing import Protocol
 
 import mlx.core as mx
@@ -106,7 +104,6 @@ def blocks(plan: Plan, reader: TensorReader) -> Iterator[Block]:
     While a block is used, the next one is made and the one after it is read.
     """
     work = [rows for piece in plan.pieces for rows in _cut(piece, reader)]
-    streams = cycle(_streams())
     ahead: Block | None = None
     with ThreadPoolExecutor(max_workers=1) as pool:  # reads bytes only: MLX stays in this thread
         pending = pool.submit(_read, work[0], reader) if work else None
@@ -116,26 +113,13 @@ def blocks(plan: Plan, reader: TensorReader) -> Iterator[Block]:
             raw = pending.result()
             if following is not None:
                 pending = pool.submit(_read, following, reader)
-            with mx.stream(next(streams)):
-                made = _make(rows, raw, plan, reader)
-                mx.async_eval(made)
+            made = _make(rows, raw, plan, reader)
+            mx.async_eval(made)
             if ahead is not None:
                 yield ahead
             ahead = Block(made, sum(array.nbytes for array in raw))
     if ahead is not None:
         yield ahead
-
-
-def _streams() -> list[mx.Stream]:
-    """Where blocks are made: a CPU's streams have a thread each, and two keep two cores busy."""
-    device = mx.default_device()
-    first = mx.default_stream(device)
-    return [first, _second_stream(get_ident())] if device == mx.Device(mx.cpu) else [first]
-
-
-@cache
-def _second_stream(thread: int) -> mx.Stream:
-    return mx.new_stream(mx.Device(mx.cpu))  # belongs to the thread that makes it
 
 
 def _cut(piece: Piece, reader: TensorReader) -> Iterator[_Rows]:

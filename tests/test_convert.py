@@ -276,6 +276,12 @@ REFUSED = [
     (["-q", "3bit", "--bits-per-weight", "4"], "--bits-per-weight needs --calibrate"),
     (["-q", "3bit", "--save-calibration", "c"], "--save-calibration needs --calibrate"),
     (["-q", "3bit", "--calibrate", ".", "--evaluate", "."], "says nothing: give others"),
+    (["-q", "3bit", "--calibrate", "..", "--evaluate", "./"], "says nothing: give others"),
+    (["-q", "3bit", "--examples", "4"], "--examples is for"),
+    (["-q", "3bit", "--calibrate", "--bits-per-weight", "nan"], "--bits-per-weight must be"),
+    (["-q", "3bit", "--calibrate", "--bits-per-weight", "1"], "bits per weight must be 11"),
+    (["-q", "3bit", "--calibrate", "--save-calibration", "c.npz"], "takes a .safetensors"),
+    (["-q", "3bit", "-o", "."], "current folder"),
     (["-q", "3bit", "--calibrate", "--answers", "demo"], "--answers.*give one"),
     (["-q", "3bit", "--calibrate", "none-such"], "--calibrate: no folder none-such"),
     (["-q", "3bit", "--calibrate", "--examples", "1"], "--examples must be at least 2"),
@@ -672,3 +678,24 @@ def test_a_wide_recipe_object(source: Callable[[str], Path], tmp_path: Path) -> 
     report = convert(source("moe"), tmp_path / "target", only)
     assert modules(tensors_of(tmp_path / "target")) == {path}
     assert report.quantized == 1
+
+
+def test_auto_keeps_what_is_quantized_already(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["--model", "demo", "-q", "4bit", "-o", str(tmp_path / "a")]) == 0
+    assert main(["--model", str(tmp_path / "a"), "-q", "auto", "-o", str(tmp_path / "b")]) == 0
+    names = ("a", "b")
+    one, other = ((tmp_path / name / "model.safetensors").read_bytes() for name in names)
+    assert one == other
+    assert "errors stay" not in capsys.readouterr().err
+
+
+def test_a_plan_that_fits_nowhere_says_what_is_missing(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    folder = Path(__file__).parent / "data" / "checkpoints" / "Qwen3-VL-235B-A22B-Instruct"
+    assert main(["--model", str(folder), "--plan", "--memory", "32GB"]) == 2
+    printed = capsys.readouterr()
+    assert "does not fit" in printed.out
+    assert "even 2bit needs" in printed.err

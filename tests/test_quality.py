@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
 import pytest
-from converting import read_json
+from converting import read_json, tensors_of
 
 from qwen3vl_mlx import convert, evaluate
-from qwen3vl_mlx.demo import EXAMPLE
+from qwen3vl_mlx.demo import CHECKPOINT, EXAMPLE
+from qwen3vl_mlx.loading import module_quantization
+from qwen3vl_mlx.models.config import read_config
 
 FEW = ["--examples", "4"]
 
@@ -94,8 +98,52 @@ def test_bits_where_they_matter(tmp_path: Path, capsys: pytest.CaptureFixture[st
 def test_more_bits_than_there_are(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     argv = ["--model", "demo", "-q", "4bit", "--calibrate", *FEW, "-o", str(tmp_path / "made")]
     assert convert.main([*argv, "--bits-per-weight", "9"]) == 2
-    assert "give a higher target" in capsys.readouterr().err
+    assert "bits per weight must be 11" in capsys.readouterr().err
     assert not (tmp_path / "made").exists()
+
+
+def test_settings_asked_for_one_by_one_stay(tmp_path: Path) -> None:
+    topology = tmp_path / "topology.yaml"
+    topology.write_text("embed_tokens: 8bit\n0: 8bit\n/layers.1.*o_proj/: none\n")
+    argv = ["--model", "demo", "-q", "4bit", "--topology", str(topology), "--calibrate", *FEW]
+    kept = str(tmp_path / "kept.safetensors")
+    argv += ["--bits-per-weight", "11.9", "--save-calibration", kept, "-o", str(tmp_path / "made")]
+    assert convert.main(argv) == 0
+    # A kept calibration's own settings do not go before them either.
+    again = [*argv[:6], "--calibration", kept, "-o", str(tmp_path / "again")]
+    assert convert.main(again) == 0
+    for name in ("made", "again"):
+        quantization = read_config(tmp_path / name).quantization
+        assert quantization is not None
+        text = "language_model.model."
+        for path in (f"{text}embed_tokens", f"{text}layers.0.mlp.up_proj"):
+            assert module_quantization(quantization, path).bits == 8, (name, path)
+        tensors = tensors_of(tmp_path / name)
+        assert f"{text}layers.1.self_attn.o_proj.scales" not in tensors
+
+
+def test_a_head_of_its_own_is_calibrated(tmp_path: Path) -> None:
+    """Though config.json ties it."""
+    folder = tmp_path / "source"
+    shutil.copytree(CHECKPOINT, folder)
+    tensors = dict(mx.load(str(folder / "model.safetensors")))
+    head = mx.random.normal((1024, 128), key=mx.random.key(0)).astype(mx.bfloat16) / 8
+    mx.save_safetensors(str(folder / "model.safetensors"), {**tensors, "lm_head.weight": head})
+    argv = ["--model", str(folder), "-q", "3bit", "--calibrate", *FEW, "-o", str(tmp_path / "a")]
+    kept = tmp_path / "kept.safetensors"
+    argv += ["--bits-per-weight", "11.9", "--save-calibration", str(kept)]
+    assert convert.main(argv) == 0
+    known = {name.rpartition(".")[0] for name in mx.load(str(kept))}
+    assert "language_model.lm_head" in known
+    assert "language_model.model.embed_tokens" not in known
+
+
+def test_bits_of_a_float32_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    wide = tmp_path / "wide"
+    assert convert.main(["--model", "demo", "--dtype", "float32", "-o", str(wide)]) == 0
+    argv = ["--model", str(wide), "-q", "4bit", "--calibrate", *FEW, "-o", str(tmp_path / "a")]
+    made = report(convert.main, [*argv, "--bits-per-weight", "23"], capsys)
+    assert 22.8 < made["bits_per_weight"] <= 23
 
 
 def test_a_sweep_compares_methods_at_one_size(
@@ -116,6 +164,7 @@ def test_a_sweep_compares_methods_at_one_size(
     ("argv", "words"),
     [
         ([], "give checkpoints to compare, or --sweep"),
+        (["demo", "--card"], "not the Hub's or the demo"),
         (["demo", "--sweep"], "--sweep makes its own"),
         (["--sweep", "--card"], "nor --card"),
         (["--sweep", "4bit,9bit"], "no quantization '9bit'"),

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -29,9 +31,9 @@ from qwen3vl_mlx.api import Qwen3VL, load
 from qwen3vl_mlx.engine.sampling import SamplingParams
 from qwen3vl_mlx.errors import InputError, OutputError, Qwen3VLError
 from qwen3vl_mlx.loading import load_model
-from qwen3vl_mlx.models.config import read_config
+from qwen3vl_mlx.models.config import Quantization, read_config
 from qwen3vl_mlx.quant import policy
-from qwen3vl_mlx.quant.recipes import Recipe, parse_recipe
+from qwen3vl_mlx.quant.recipes import Recipe, default_recipe, parse_recipe
 
 VARIANTS = ("dense64", "dense72", "moe")  # tied, untied, experts
 STORED = {"dense64": mx.bfloat16, "dense72": mx.float32, "moe": mx.bfloat16}
@@ -344,3 +346,32 @@ def test_a_disk_that_fails_while_saving(
     with pytest.raises(OutputError, match="GB free"):
         model.save(tmp_path / "saved", force=True)
     assert tree(tmp_path) == before
+
+
+def test_short_lived_threads_each_quantize_a_model() -> None:
+    """Thread numbers come again, and MLX's streams belong to threads: in a process of its own."""
+    script = """
+import os, sys, threading
+from qwen3vl_mlx import load
+failed = []
+def work():
+    try:
+        load("demo", quantize="4bit")
+    except Exception as error:
+        failed.append(error)
+for _ in range(6):
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+sys.stdout.write(repr(failed))
+sys.stdout.flush()
+os._exit(0)  # MLX may abort when a process ends whose threads used it
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.stdout == "[]"
+
+
+@pytest.mark.parametrize("settings", [Quantization(48, 4), Quantization(64, 4, "mxfp4")])
+def test_a_recipe_of_settings_there_are_not(settings: Quantization) -> None:
+    with pytest.raises(InputError, match=r"affine groups|no quantization 'mxfp4'"):
+        load("demo", quantize=default_recipe(settings))

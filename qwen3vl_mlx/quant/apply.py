@@ -16,7 +16,7 @@ from mlx.utils import tree_flatten
 
 from qwen3vl_mlx.models.config import ModelConfig, Quantization
 from qwen3vl_mlx.models.qwen3_vl import Model
-from qwen3vl_mlx.quant.recipes import Recipe
+from qwen3vl_mlx.quant.recipes import Recipe, check_settings
 
 Shape = tuple[int, ...]
 
@@ -26,13 +26,15 @@ class Assignment:
     """What a recipe makes of one model.
 
     modules: settings by path; every other module stays whole. whole: modules the recipe wanted
-    quantized that cannot be, with the reason. default: what most have, for config.json.
+    quantized that cannot be, with the reason. default: what most have, for config.json. pinned:
+    paths whose settings were asked for one by one.
     """
 
     name: str
     default: Quantization
     modules: Mapping[str, Quantization]
     whole: Mapping[str, str] = field(default_factory=dict)
+    pinned: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -68,20 +70,26 @@ def assign(recipe: Recipe, shapes: Mapping[str, Shape]) -> Assignment:
         chosen = recipe.choose(path)
         if chosen is None:
             continue
+        check_settings(chosen)
         if shape[-1] % chosen.group_size:
             whole[path] = f"groups of {chosen.group_size} do not divide its width, {shape[-1]}"
         else:
             modules[path] = chosen
-    return Assignment(recipe.name, recipe.base, modules, whole)
+    pinned = frozenset(recipe.overrides) & shapes.keys()
+    return Assignment(recipe.name, recipe.base, modules, whole, pinned)
 
 
 def overridden(
     assignment: Assignment, overrides: Mapping[str, Quantization], name: str
 ) -> Assignment:
-    """The same modules with other settings for some, under another name."""
-    modules = {**assignment.modules, **overrides}
+    """The same modules, other settings for those that are not pinned, under another name."""
+    free = assignment.modules.keys() - assignment.pinned
+    modules = {
+        path: overrides.get(path, settings) if path in free else settings
+        for path, settings in assignment.modules.items()
+    }
     default = Counter(modules.values()).most_common(1)[0][0]
-    return Assignment(name, default, modules, assignment.whole)
+    return Assignment(name, default, modules, assignment.whole, assignment.pinned)
 
 
 def packed_shapes(shape: Shape, settings: Quantization) -> dict[str, Shape]:

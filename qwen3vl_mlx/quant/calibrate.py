@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from qwen3vl_mlx.errors import InputError
-from qwen3vl_mlx.loading import progress_bar, read_tensors, rename_weights
+from qwen3vl_mlx.loading import progress_bar, read_tensors, rename_weights, stored_config
 from qwen3vl_mlx.models.config import ModelConfig, Quantization, read_config
 from qwen3vl_mlx.quant.apply import as_dict, parameter_shapes
 from qwen3vl_mlx.quant.awq import (
@@ -35,7 +35,7 @@ from qwen3vl_mlx.quant.awq import (
 )
 from qwen3vl_mlx.quant.examples import Example
 from qwen3vl_mlx.quant.rounding import Sensitivity, round_rows, sensitivity
-from qwen3vl_mlx.quant.sensitivity import mixed_precision
+from qwen3vl_mlx.quant.sensitivity import check_target_bits, mixed_precision
 from qwen3vl_mlx.quant.streamed import StreamedPass
 
 ANSWER_SHARE = 0.2
@@ -203,6 +203,7 @@ def calibrate(
     modules: Mapping[str, Quantization],
     *,
     target_bits_per_weight: float | None = None,
+    pinned: frozenset[str] = frozenset(),
     scales: bool = True,
     progress: bool = False,
 ) -> Calibration:
@@ -210,22 +211,25 @@ def calibrate(
 
     modules: the settings it is to be quantized to, by path (`Assignment.modules`).
     target_bits_per_weight: of the whole model; settings are then chosen module by module to cost
-    least (`Calibration.overrides`), which needs the model in memory. scales: search for AWQ scales.
+    least (`Calibration.overrides`), which needs the model in memory. pinned: paths that keep their
+    settings then. scales: search for AWQ scales.
     Otherwise needs memory for one layer, and the examples' hidden states. Raises InputError.
     """
     if not examples:
         raise InputError("calibration needs at least one example")
     overrides: dict[str, Quantization] = {}
     if target_bits_per_weight is not None:
+        check_target_bits(folder, modules, pinned, target_bits_per_weight)
         first = _calibrate(folder, examples, modules, False, progress)
         overrides = mixed_precision(
             folder,
             examples,
             modules,
-            parameter_shapes(read_config(folder)),
+            parameter_shapes(stored_config(folder, read_config(folder))),
             target_bits_per_weight,
             first.pack,
             first.costs,
+            pinned=pinned,
             progress=progress,
         )
     found = _calibrate(folder, examples, {**modules, **overrides}, scales, progress)
@@ -239,7 +243,7 @@ def _calibrate(
     scales: bool,
     progress: bool,
 ) -> Calibration:
-    config = read_config(folder)
+    config = stored_config(folder, read_config(folder))
     passing = StreamedPass(folder, [example.prompt for example in examples])
     weights = token_weights(examples)
     limit = block_limit(config, FILE_BYTES)
@@ -250,7 +254,7 @@ def _calibrate(
     importance: dict[str, mx.array] = {}
     feedback: dict[str, mx.array] = {}
     last: list[mx.array] = []
-    with progress_bar(passing.num_layers, "Calibrating", progress) as bar:
+    with progress_bar(passing.num_layers, "Calibrating", progress, counts=True) as bar:
         for index, layer, inputs in passing.layers():
             prefix = f"language_model.model.layers.{index}."
             moments = measure(layer, inputs, weights, limit)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from dataclasses import dataclass, replace
 from typing import TypeAlias
 
@@ -21,6 +22,7 @@ from qwen3vl_mlx.quant.plan import (
     Memory,
     Plan,
     plan,
+    table,
     this_memory,
 )
 from qwen3vl_mlx.quant.recipes import Recipe, parse_recipe
@@ -65,6 +67,17 @@ def choose(config: ModelConfig, request: Request) -> Assignment | None:
     return assign(recipe, shapes)
 
 
+def smaller(
+    config: ModelConfig, stored: Assignment, chosen: Assignment | None
+) -> Assignment | None:
+    """What "auto" makes of a checkpoint that is quantized already: never more than it has."""
+    shapes = parameter_shapes(config)
+    if chosen is None:
+        return stored
+    sizes = [weigh(shapes, assignment.modules).nbytes for assignment in (stored, chosen)]
+    return stored if sizes[0] <= sizes[1] else chosen
+
+
 def choose_recipe(config: ModelConfig, request: Request) -> Recipe | None:
     """The recipe asked for, before any topology; None is the whole model."""
     if isinstance(request.quantize, Recipe):
@@ -98,9 +111,22 @@ def make_plan(config: ModelConfig, request: Request) -> Plan:
     )
 
 
-def describe(config: ModelConfig, request: Request, assignment: Assignment | None) -> str:
-    """One line: what the request became, and what the model weighs then."""
-    weight = weigh(parameter_shapes(config), assignment.modules if assignment is not None else {})
+def tell(config: ModelConfig, request: Request, assignment: Assignment | None) -> None:
+    """On stderr: what was chosen, and for "auto" from what."""
+    if request.quantize == AUTO:
+        print(table(make_plan(config, request)), file=sys.stderr)
+    print(describe(config, request, assignment), file=sys.stderr)
+
+
+def describe(
+    config: ModelConfig, request: Request, assignment: Assignment | None, itemsize: int = 2
+) -> str:
+    """One line: what the request became, and what the model weighs then.
+
+    itemsize: bytes of a parameter that is not quantized.
+    """
+    modules = assignment.modules if assignment is not None else {}
+    weight = weigh(parameter_shapes(config), modules, itemsize)
     name = assignment.name if assignment is not None else "whole"
     asked = request.quantize if isinstance(request.quantize, str) else request.quantize.name
     was = f"{asked} is {name} here: " if asked.strip().lower() != name else f"{name}: "

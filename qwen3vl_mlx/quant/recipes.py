@@ -22,7 +22,7 @@ DEFAULT_GROUP = 64
 EMBEDDING_BITS = 6  # at least: errors in embeddings and head reach every token
 ROUTER_BITS = 8  # at least: a wrong expert is a wrong answer
 
-_AFFINE_NAME = re.compile(r"(?:afq)?([0-9])(?:-?bits?)?")
+_AFFINE_NAME = re.compile(r"(?:afq)?([0-9])(?:-?bits?)?(?:-g(32|64|128))?", re.ASCII)
 _GGML_NAME = re.compile(r"q([0-9])_?(?:k(?:_[sml])?|0|1)")
 _LAYER = re.compile(r"\.layers\.(\d+)\.")
 
@@ -83,6 +83,10 @@ def parse_preset(name: str, group_size: int | None = None) -> Quantization:
     match = _AFFINE_NAME.fullmatch(plain) or _GGML_NAME.fullmatch(plain)
     if match is None or int(match[1]) not in AFFINE_BITS:
         raise InputError(f"no quantization {name!r}; valid names: {valid_names()}")
+    if match.re is _AFFINE_NAME and match[2]:  # `3bit-g128`, as `preset_name` says it
+        if group_size not in (None, int(match[2])):
+            raise InputError(f"{name} has groups of {match[2]}, not {group_size}")
+        group_size = int(match[2])
     return affine(int(match[1]), group_size)
 
 
@@ -94,6 +98,17 @@ def affine(bits: int, group_size: int | None = None) -> Quantization:
     if group not in AFFINE_GROUPS:
         raise InputError(f"affine groups have {_listed(AFFINE_GROUPS)} weights, not {group}")
     return Quantization(group, bits)
+
+
+def check_settings(settings: Quantization) -> None:
+    """Raise InputError for settings that MLX does not have."""
+    if settings.mode == "affine":
+        affine(settings.bits, settings.group_size)
+    elif FIXED_MODES.get(settings.mode) != (settings.group_size, settings.bits):
+        raise InputError(
+            f"no quantization {settings.mode!r} of {settings.bits} bits in groups of "
+            f"{settings.group_size}; valid names: {valid_names()}"
+        )
 
 
 def parse_recipe(

@@ -19,16 +19,25 @@ import numpy as np
 
 from qwen3vl_mlx.engine.vision import encode
 from qwen3vl_mlx.errors import InputError
-from qwen3vl_mlx.loading import default_dtype, load_model, progress_bar
-from qwen3vl_mlx.models.config import Quantization
+from qwen3vl_mlx.loading import (
+    default_dtype,
+    effective_config,
+    load_model,
+    model_dtype,
+    progress_bar,
+    stored_settings,
+    weight_files,
+)
+from qwen3vl_mlx.models.config import Quantization, read_config
 from qwen3vl_mlx.models.qwen3_vl import Model
 from qwen3vl_mlx.models.rope import Rotation
 from qwen3vl_mlx.models.text import VisualTokens, add_rows, set_rows
-from qwen3vl_mlx.quant.apply import Shape, packed_bytes, unpack, weigh
+from qwen3vl_mlx.quant.apply import Shape, packed_bytes, parameter_shapes, unpack, weigh
 from qwen3vl_mlx.quant.apply import pack as pack_plain
 from qwen3vl_mlx.quant.awq import sample_rows, submodule, whole_weight
 from qwen3vl_mlx.quant.examples import Example
 from qwen3vl_mlx.quant.recipes import AFFINE_BITS, AFFINE_GROUPS, ROUTER_BITS
+from qwen3vl_mlx.tensorfile import TensorReader
 
 CANDIDATES = tuple(Quantization(group, bits) for bits in AFFINE_BITS for group in AFFINE_GROUPS)
 PROBE_BITS = 4  # at most: what finer rounding costs is lost in that of arithmetic
@@ -110,6 +119,7 @@ def mixed_precision(
     pack: Pack,
     costs: Costs,
     *,
+    pinned: frozenset[str] = frozenset(),
     candidates: Sequence[Quantization] = CANDIDATES,
     progress: bool = False,
 ) -> dict[str, Quantization]:
@@ -117,7 +127,8 @@ def mixed_precision(
 
     modules: those of the uniform recipe: they say what is quantized, and measure the losses.
     shapes: of all parameters (`apply.parameter_shapes`). Modules outside the decoder keep their
-    settings, routers their eight bits. pack, costs: `Calibration`'s.
+    settings, as do those that are pinned, and routers their eight bits.
+    pack, costs: `Calibration`'s.
     """
     model = load_model(folder, default_dtype(), progress=progress)
     named = model.named_modules()  # type: ignore[no-untyped-call]
@@ -125,21 +136,53 @@ def mixed_precision(
         raise InputError(
             "mixed precision is measured on an unquantized checkpoint; give its source"
         )
-    fixed = {path: chosen for path, chosen in modules.items() if not _is_free(path)}
+    itemsize = model_itemsize(folder)
+    fixed = {path: c for path, c in modules.items() if not _is_free(path) or path in pinned}
     fixed |= {path: _router(chosen) for path, chosen in fixed.items() if path.endswith(".mlp.gate")}
-    paths = [path for path in modules if _is_free(path)]
+    paths = [path for path in modules if path not in fixed]
     parts = []
-    with progress_bar(len(paths), "Measuring", progress) as bar:
+    with progress_bar(len(paths), "Measuring", progress, counts=True) as bar:
         for group, loss in _losses(model, examples, paths, modules, pack):
-            parts.append(_part(model, group, loss, modules[group[0]], candidates, costs))
+            parts.append(_part(model, group, loss, modules[group[0]], candidates, costs, itemsize))
             bar.update(len(group))
-    total = weigh(shapes, fixed)
-    free = sum(2 * int(np.prod(shapes[f"{path}.weight"])) for path in paths)
+    total = weigh(shapes, fixed, itemsize)
+    free = sum(itemsize * int(np.prod(shapes[f"{path}.weight"])) for path in paths)
     budget = int(target * total.parameters / 8) - (total.nbytes - free)
     chosen = allocate(parts, budget)
     for part, option in zip(parts, chosen, strict=True):
         fixed |= dict.fromkeys(part.paths, option.settings)
     return {path: fixed[path] for path in modules}
+
+
+def check_target_bits(
+    folder: Path, modules: Mapping[str, Quantization], pinned: frozenset[str], target: float
+) -> None:
+    """Raise InputError unless `target` bits per weight can be met, before anything is measured."""
+    config = read_config(folder)
+    with TensorReader(weight_files(folder)) as reader:
+        if stored_settings(reader.shapes, config):
+            raise InputError("bits per weight are chosen for an unquantized checkpoint: give that")
+        shapes = parameter_shapes(effective_config(config, reader.shapes))
+    smallest = {}
+    for path, settings in modules.items():
+        width = shapes[f"{path}.weight"][-1]
+        fitting = [c for c in CANDIDATES if width % c.group_size == 0]
+        is_fixed = path in pinned or not _is_free(path) or not fitting
+        rest = shapes[f"{path}.weight"]
+        smallest[path] = settings if is_fixed else min(fitting, key=lambda c: packed_bytes(rest, c))
+    itemsize = model_itemsize(folder)
+    least = weigh(shapes, smallest, itemsize).bits_per_weight
+    if not least <= target <= 8 * itemsize:
+        raise InputError(
+            f"bits per weight must be {least:.2f} to {8 * itemsize} for this model, got {target}: "
+            "they count all parameters, those that stay whole too"
+        )
+
+
+def model_itemsize(folder: Path) -> int:
+    """Bytes of what is not quantized, and of scales."""
+    with TensorReader(weight_files(folder)) as reader:
+        return model_dtype(reader).size
 
 
 def _is_free(path: str) -> bool:
@@ -157,6 +200,7 @@ def _part(
     base: Quantization,
     candidates: Sequence[Quantization],
     costs: Costs,
+    itemsize: int,
 ) -> Part:
     weights = [whole_weight(submodule(model, path)) for path in paths]
     widths = [weight.shape[-1] for weight in weights]
@@ -173,7 +217,7 @@ def _part(
     options = (
         Option(
             settings,
-            sum(packed_bytes(weight.shape, settings) for weight in weights),
+            sum(packed_bytes(weight.shape, settings, itemsize) for weight in weights),
             loss * errors[settings] / max(errors[probe], 1e-30),
         )
         for settings in fitting
