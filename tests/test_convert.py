@@ -147,7 +147,7 @@ def test_files_beside_the_weights(
     }  # fmt: skip
     found = tree(tmp_path / "target")
     assert {"merges.txt", "tokenizer.json", "chat_template.jinja", *BESIDE} <= kept
-    assert found.keys() == kept | made | (set() if options else {"README.md"})
+    assert found.keys() == kept | made | {"README.md"}
     assert {name: found[name] for name in kept} == {name: tree(folder)[name] for name in kept}
 
 
