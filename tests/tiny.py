@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import shutil
 import zlib
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +78,7 @@ def tiny_config(variant: str) -> dict[str, Any]:
     wide = {"hidden_size": 128, "intermediate_size": 192}
     odd = {"hidden_size": 144, "intermediate_size": 208}
     tied = variant == "dense64"
-    text: dict[str, Any] = {**_TEXT, "model_type": f"{model_type}_text"}
+    text: dict[str, Any] = {**deepcopy(_TEXT), "model_type": f"{model_type}_text"}
     if variant == "moe":
         text |= _MOE
     else:
