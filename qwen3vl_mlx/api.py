@@ -32,6 +32,7 @@ from qwen3vl_mlx.loading import (
     default_dtype,
     load_model,
     load_quantized,
+    model_itemsize,
     stored_config,
     stored_modules,
 )
@@ -89,19 +90,18 @@ def _load_weights(
     if quantize is None and topology is not None:
         raise InputError('a topology file holds exceptions: say from what, quantize="4bit"')
     if quantize is not None:
-        from qwen3vl_mlx.conversion import as_assignment
         from qwen3vl_mlx.quant import policy
+        from qwen3vl_mlx.quant.apply import as_assignment
 
         request = policy.Request(quantize, topology=topology)
         config = stored_config(folder, config)
-        assignment = policy.choose(config, request)
-        if quantize == policy.AUTO and config.quantization is not None:
-            kept = as_assignment(stored_modules(folder, config))
-            if kept is not None and policy.smaller(config, kept, assignment) is kept:
-                assignment = None  # as it is stored
+        stored = as_assignment(stored_modules(folder, config))
         if progress:
-            policy.tell(config, request, assignment)
-        if assignment is not None:
+            policy.tell_plan(config, request)
+        assignment = policy.choose(config, request, stored)
+        if progress:
+            policy.tell(config, request, assignment, stored, model_itemsize(folder))
+        if assignment is not None and assignment != stored:
             return load_quantized(
                 folder, assignment.modules, dtype, config=config, progress=progress
             )

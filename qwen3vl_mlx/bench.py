@@ -138,7 +138,9 @@ def quantized_copy(args: argparse.Namespace, checkpoint: Path, target: Path) -> 
 
     source = conversion.open_source(hub.Snapshot(checkpoint))
     request = policy.Request(args.quantize, topology=args.topology)
-    conversion.convert(source, target, policy.choose(source.config, request), progress=True)
+    stored = conversion.stored_assignment(source)
+    assignment = policy.choose(source.config, request, stored)
+    conversion.convert(source, target, assignment, progress=True)
     return target
 
 

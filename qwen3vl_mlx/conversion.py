@@ -10,7 +10,7 @@ import json
 import math
 import shutil
 import time
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,23 +25,22 @@ from qwen3vl_mlx.hub import Snapshot
 from qwen3vl_mlx.jsonfiles import read_config_values, read_generation_config
 from qwen3vl_mlx.layout import hub_pieces
 from qwen3vl_mlx.loading import (
-    model_dtype,
     plan,
     progress_bar,
     stored_config,
     stored_modules,
     weight_files,
 )
-from qwen3vl_mlx.models.config import ModelConfig, Quantization, parse_config
+from qwen3vl_mlx.models.config import ModelConfig, parse_config
 from qwen3vl_mlx.publish import check_space, check_target, new_folder
 from qwen3vl_mlx.quant.apply import (
     Assignment,
     Shape,
     Weight,
+    as_assignment,
     config_section,
     parameter_shapes,
 )
-from qwen3vl_mlx.quant.recipes import preset_name
 from qwen3vl_mlx.stream import Plan, Scaling, blocks, slots, stored_bytes
 from qwen3vl_mlx.tensorfile import (
     ShardWriter,
@@ -118,21 +117,6 @@ def open_source(snapshot: Snapshot) -> Source:
 def stored_assignment(source: Source) -> Assignment | None:
     """The quantization a checkpoint has already; None where it is whole."""
     return as_assignment(stored_modules(source.snapshot.folder, source.config))
-
-
-def itemsize(source: Source) -> int:
-    """Bytes of a parameter that is not quantized."""
-    with TensorReader(weight_files(source.snapshot.folder)) as reader:
-        return model_dtype(reader).size
-
-
-def as_assignment(modules: Mapping[str, Quantization]) -> Assignment | None:
-    """Settings by path, as a recipe would have assigned them; None where there are none."""
-    if not modules:
-        return None
-    default = Counter(modules.values()).most_common(1)[0][0]
-    name = preset_name(default) + (", mixed" if len(set(modules.values())) > 1 else "")
-    return Assignment(name, default, modules)
 
 
 def convert(

@@ -83,28 +83,23 @@ def show_plan(args: argparse.Namespace, request: Request) -> None:
 def choose(args: argparse.Namespace, request: Request, source: Source) -> Assignment | None:
     """The modules to quantize, told on stderr. Raises InputError."""
     from qwen3vl_mlx import conversion
+    from qwen3vl_mlx.loading import model_itemsize
     from qwen3vl_mlx.quant import policy
-    from qwen3vl_mlx.quant.plan import table
 
     if args.quantize is None:
         whole = args.dequantize or args.to_hf
         return None if whole else conversion.stored_assignment(source)
-    if args.quantize.strip().lower() == policy.AUTO:
-        print(table(policy.make_plan(source.config, request)), file=sys.stderr)
-    itemsize = conversion.DTYPES[args.dtype].size if args.dtype else conversion.itemsize(source)
-    assignment = policy.choose(source.config, request)
+    itemsize = conversion.DTYPES[args.dtype].size if args.dtype else None
     stored = conversion.stored_assignment(source)
-    if stored is not None and request.quantize == policy.AUTO:
-        assignment = policy.smaller(source.config, stored, assignment)
-    print(policy.describe(source.config, request, assignment, itemsize), file=sys.stderr)
-    if assignment == stored:
-        return stored
-    if source.config.quantization is not None and assignment is not None:
-        print(
-            "note: the source is quantized already, and its errors stay; better convert the "
-            "original",
-            file=sys.stderr,
-        )
+    policy.tell_plan(source.config, request)
+    assignment = policy.choose(source.config, request, stored)
+    policy.tell(
+        source.config,
+        request,
+        assignment,
+        stored,
+        itemsize or model_itemsize(source.snapshot.folder),
+    )
     return assignment
 
 

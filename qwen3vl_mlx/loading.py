@@ -76,7 +76,6 @@ def load_quantized(
     dtype: mx.Dtype | None = None,
     *,
     config: ModelConfig | None = None,
-    scaling: Scaling | None = None,
     progress: bool = False,
 ) -> Model:
     """`load_model` with `modules`, settings by path, quantized as their rows are read.
@@ -86,7 +85,7 @@ def load_quantized(
     """
     config = config or read_config(folder)
     with TensorReader(weight_files(folder)) as reader:
-        work = plan(reader, config, modules, scaling=scaling)
+        work = plan(reader, config, modules)
         model = quantized_model(effective_config(config, reader.shapes), modules)
         expected, turned = _shapes(model), _turned(model)
         waiting: dict[str, list[mx.array]] = {}
@@ -158,6 +157,12 @@ def model_dtype(reader: TensorReader) -> mx.Dtype:
     """The floating-point type of what is never quantized."""
     norms = (n for n in reader.tensors if module_name(n) == "language_model.model.norm.weight")
     return next(map(reader.dtype, norms), mx.bfloat16)
+
+
+def model_itemsize(folder: Path) -> int:
+    """Bytes of what is not quantized, and of scales."""
+    with TensorReader(weight_files(folder)) as reader:
+        return model_dtype(reader).size
 
 
 def stored_config(folder: Path, config: ModelConfig) -> ModelConfig:

@@ -12,7 +12,6 @@ from mlx.utils import tree_flatten
 from qwen3vl_mlx.conversion import (
     DTYPES,
     Output,
-    as_assignment,
     card_facts,
     open_source,
     verify,
@@ -24,7 +23,7 @@ from qwen3vl_mlx.loading import progress_bar
 from qwen3vl_mlx.models.config import Quantization
 from qwen3vl_mlx.models.qwen3_vl import Model
 from qwen3vl_mlx.publish import check_target
-from qwen3vl_mlx.quant.apply import Assignment, parameter_shapes
+from qwen3vl_mlx.quant.apply import Assignment, as_assignment, parameter_shapes
 from qwen3vl_mlx.tensorfile import ShardWriter, Slot, raw_bytes
 
 

@@ -55,6 +55,9 @@ def affine(bits: int) -> dict[str, Any]:
     return {"group_size": 32, "bits": bits, "mode": "affine"}
 
 
+COUNT = 40  # examples: enough for three standard errors to tell settings apart
+
+
 @pytest.fixture(scope="module")
 def quantized(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """The demo with its decoder quantized, by name."""
@@ -79,7 +82,7 @@ def complete(folder: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def examples(demo: Qwen3VL) -> list[Example]:
-    return demo_examples(demo.processor, 13, first_seed=EVALUATION_SEED)
+    return demo_examples(demo.processor, COUNT, first_seed=EVALUATION_SEED)
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +95,7 @@ def measured(quantized: dict[str, Path], examples: list[Example]) -> dict[str, Q
 
 
 def test_drawn_examples_hold_the_true_answers(demo: Qwen3VL, examples: list[Example]) -> None:
-    asked = list(scene_questions(13, EVALUATION_SEED))
+    asked = list(scene_questions(COUNT, EVALUATION_SEED))
     assert len({question.task for _, question in asked}) >= 10
     for (scene, question), example in zip(asked, examples, strict=True):
         assert question in questions(make_scene(scene.seed))
@@ -377,7 +380,7 @@ def test_a_checkpoint_is_equal_to_itself(measured: dict[str, Quality]) -> None:
 def spoken(model: Qwen3VL) -> list[tuple[Log, list[int]]]:
     """Of each finished conversation log-probabilities at every position, and the tokens."""
     found = []
-    for scene, question in scene_questions(13, EVALUATION_SEED):
+    for scene, question in scene_questions(COUNT, EVALUATION_SEED):
         said = {"role": "assistant", "content": question.truth}
         messages = [*about(scene.draw(), question.question), said]
         logits = model.logits(messages).astype(np.float64)
@@ -426,13 +429,13 @@ def test_positions_one_off_are_seen(
 
 def test_fewer_bits_are_worse(measured: dict[str, Quality], examples: list[Example]) -> None:
     two, four, eight = (measured[name] for name in ("2bit", "mxfp4", "8bit"))
-    assert two.kl - 2 * two.kl_error > four.kl
-    assert four.kl - 2 * four.kl_error > eight.kl > 0
+    assert two.kl - 3 * two.kl_error > four.kl
+    assert four.kl - 3 * four.kl_error > eight.kl > 0
     assert two.bits_per_weight < four.bits_per_weight < eight.bits_per_weight < 16
     assert two.size_bytes < four.size_bytes < eight.size_bytes
     assert two.agreement < eight.agreement
     assert eight.kl < 1e-3
-    assert {q.examples for q in measured.values()} == {13}
+    assert {q.examples for q in measured.values()} == {COUNT}
     assert {q.tokens for q in measured.values()} == {sum(len(e.answer_ids) for e in examples)}
 
 

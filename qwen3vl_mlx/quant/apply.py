@@ -16,7 +16,7 @@ from mlx.utils import tree_flatten
 
 from qwen3vl_mlx.models.config import ModelConfig, Quantization
 from qwen3vl_mlx.models.qwen3_vl import Model
-from qwen3vl_mlx.quant.recipes import Recipe, check_settings
+from qwen3vl_mlx.quant.recipes import Recipe, check_settings, preset_name
 
 Shape = tuple[int, ...]
 
@@ -79,6 +79,19 @@ def assign(recipe: Recipe, shapes: Mapping[str, Shape]) -> Assignment:
     return Assignment(recipe.name, recipe.base, modules, whole, pinned)
 
 
+def as_assignment(modules: Mapping[str, Quantization]) -> Assignment | None:
+    """Settings by path, as a recipe would have assigned them; None where there are none."""
+    if not modules:
+        return None
+    default = _most_common(modules)
+    name = preset_name(default) + (", mixed" if len(set(modules.values())) > 1 else "")
+    return Assignment(name, default, modules)
+
+
+def _most_common(modules: Mapping[str, Quantization]) -> Quantization:
+    return Counter(modules.values()).most_common(1)[0][0]
+
+
 def overridden(
     assignment: Assignment, overrides: Mapping[str, Quantization], name: str
 ) -> Assignment:
@@ -88,8 +101,7 @@ def overridden(
         path: overrides.get(path, settings) if path in free else settings
         for path, settings in assignment.modules.items()
     }
-    default = Counter(modules.values()).most_common(1)[0][0]
-    return Assignment(name, default, modules, assignment.whole, assignment.pinned)
+    return Assignment(name, _most_common(modules), modules, assignment.whole, assignment.pinned)
 
 
 def packed_shapes(shape: Shape, settings: Quantization) -> dict[str, Shape]:

@@ -50,9 +50,12 @@ class Request:
     image_tokens: int | None = None
 
 
-def choose(config: ModelConfig, request: Request) -> Assignment | None:
+def choose(
+    config: ModelConfig, request: Request, stored: Assignment | None = None
+) -> Assignment | None:
     """The modules' settings; None where "auto" finds that the model fits whole.
 
+    stored: what the checkpoint is quantized to already; "auto" never makes more bytes of it.
     Raises InputError for unknown names, a bad topology file, or a model that does not fit.
     """
     recipe = choose_recipe(config, request)
@@ -60,22 +63,20 @@ def choose(config: ModelConfig, request: Request) -> Assignment | None:
     if recipe is None:
         if request.topology is not None:
             raise InputError("auto leaves this model whole: a topology file needs a named preset")
-        return None
+        return stored
     if request.topology is not None:
         chosen = read_topology(request.topology, shapes, request.group_size)
         recipe = replace(recipe, overrides={**recipe.overrides, **chosen})
-    return assign(recipe, shapes)
+    assignment = assign(recipe, shapes)
+    if stored is not None and _is_auto(request):
+        every = parameter_shapes(config)
+        if weigh(every, stored.modules).nbytes <= weigh(every, assignment.modules).nbytes:
+            return stored
+    return assignment
 
 
-def smaller(
-    config: ModelConfig, stored: Assignment, chosen: Assignment | None
-) -> Assignment | None:
-    """What "auto" makes of a checkpoint that is quantized already: never more than it has."""
-    shapes = parameter_shapes(config)
-    if chosen is None:
-        return stored
-    sizes = [weigh(shapes, assignment.modules).nbytes for assignment in (stored, chosen)]
-    return stored if sizes[0] <= sizes[1] else chosen
+def _is_auto(request: Request) -> bool:
+    return isinstance(request.quantize, str) and request.quantize.strip().lower() == AUTO
 
 
 def choose_recipe(config: ModelConfig, request: Request) -> Recipe | None:
@@ -84,7 +85,7 @@ def choose_recipe(config: ModelConfig, request: Request) -> Recipe | None:
         return request.quantize
     if not isinstance(request.quantize, str):
         raise InputError(f'quantize is a name such as "4bit", got {request.quantize!r}')
-    if request.quantize.strip().lower() == AUTO:
+    if _is_auto(request):
         return make_plan(config, request).choose().recipe
     return parse_recipe(
         request.quantize,
@@ -111,15 +112,30 @@ def make_plan(config: ModelConfig, request: Request) -> Plan:
     )
 
 
-def tell(config: ModelConfig, request: Request, assignment: Assignment | None) -> None:
-    """On stderr: what was chosen, and for "auto" from what."""
-    if request.quantize == AUTO:
+def tell_plan(config: ModelConfig, request: Request) -> None:
+    """On stderr: what "auto" chooses from, before it acts."""
+    if _is_auto(request):
         print(table(make_plan(config, request)), file=sys.stderr)
-    print(describe(config, request, assignment), file=sys.stderr)
+
+
+def tell(
+    config: ModelConfig,
+    request: Request,
+    assignment: Assignment | None,
+    stored: Assignment | None,
+    itemsize: int,
+) -> None:
+    """On stderr: what was chosen, and whether it is a second rounding."""
+    print(describe(config, request, assignment, itemsize), file=sys.stderr)
+    if stored is not None and assignment not in (None, stored):
+        print(
+            "note: the source is quantized already, and its errors stay; better take the original",
+            file=sys.stderr,
+        )
 
 
 def describe(
-    config: ModelConfig, request: Request, assignment: Assignment | None, itemsize: int = 2
+    config: ModelConfig, request: Request, assignment: Assignment | None, itemsize: int
 ) -> str:
     """One line: what the request became, and what the model weighs then.
 

@@ -23,7 +23,7 @@ from qwen3vl_mlx.loading import (
     default_dtype,
     effective_config,
     load_model,
-    model_dtype,
+    model_itemsize,
     progress_bar,
     stored_settings,
     weight_files,
@@ -177,12 +177,6 @@ def check_target_bits(
             f"bits per weight must be {least:.2f} to {8 * itemsize} for this model, got {target}: "
             "they count all parameters, those that stay whole too"
         )
-
-
-def model_itemsize(folder: Path) -> int:
-    """Bytes of what is not quantized, and of scales."""
-    with TensorReader(weight_files(folder)) as reader:
-        return model_dtype(reader).size
 
 
 def _is_free(path: str) -> bool:

@@ -7,8 +7,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from qwen3vl_mlx.conversion import Source, convert, itemsize
+from qwen3vl_mlx.conversion import Source, convert
 from qwen3vl_mlx.errors import InputError, Qwen3VLError
+from qwen3vl_mlx.loading import model_itemsize
 from qwen3vl_mlx.models.config import Quantization
 from qwen3vl_mlx.quant.apply import (
     assign,
@@ -64,7 +65,9 @@ def candidates(
             yield Candidate(PEER, point, target)
         budget: float | None = None
         if settings.bits < MIXED_BELOW:
-            budget = weigh(shapes, uniform.modules, itemsize(source)).bits_per_weight
+            budget = weigh(
+                shapes, uniform.modules, model_itemsize(source.snapshot.folder)
+            ).bits_per_weight
         found = calibrate(
             source.snapshot.folder, examples, uniform.modules, target_bits_per_weight=budget
         )
