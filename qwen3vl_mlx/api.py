@@ -9,8 +9,12 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Generator, Iterator, Mapping, Sequence
+import weakref
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,31 +25,30 @@ import numpy.typing as npt
 from qwen3vl_mlx import hub
 from qwen3vl_mlx.conversation import Chat, VideoSource, as_messages
 from qwen3vl_mlx.engine import generation
-from qwen3vl_mlx.engine.answer import Request, answer
+from qwen3vl_mlx.engine.constraints import GrammarCompiler
+from qwen3vl_mlx.engine.engine import Engine, EngineOptions
+from qwen3vl_mlx.engine.grammar import Grammar, parse_grammar
 from qwen3vl_mlx.engine.memory import wire_memory
-from qwen3vl_mlx.engine.output import Chunk, Completion, collect
+from qwen3vl_mlx.engine.output import Completion, collect
+from qwen3vl_mlx.engine.request import Request, Stream
 from qwen3vl_mlx.engine.sampling import SamplingParams, default_params
 from qwen3vl_mlx.engine.state import CacheState
 from qwen3vl_mlx.errors import CheckpointError, InputError, PromptError
 from qwen3vl_mlx.jsonfiles import read_generation_config
-from qwen3vl_mlx.loading import (
-    default_dtype,
-    load_model,
-    load_quantized,
-    model_itemsize,
-    stored_config,
-    stored_modules,
-)
 from qwen3vl_mlx.media import ImageSource
-from qwen3vl_mlx.models.config import ModelConfig, read_config
+from qwen3vl_mlx.models.config import read_config
 from qwen3vl_mlx.models.qwen3_vl import Model
 from qwen3vl_mlx.processing.processor import MaxPixels, Messages, Processor
 from qwen3vl_mlx.processing.prompt import Prompt
+from qwen3vl_mlx.processing.tokenizer import end_token_ids
+from qwen3vl_mlx.processing.truncation import shorten
+from qwen3vl_mlx.weights import load_weights
 
 if TYPE_CHECKING:
     from qwen3vl_mlx.quant.recipes import Recipe
 
-_END_TOKENS = ("<|im_end|>", "<|endoftext|>")
+
+_ANSWER_ROOM = 1024  # tokens that truncation leaves for an answer of no stated length
 
 
 def load(
@@ -55,6 +58,7 @@ def load(
     topology: str | os.PathLike[str] | None = None,
     dtype: mx.Dtype | None = None,
     revision: str | None = None,
+    engine: EngineOptions | None = None,
     progress: bool = False,
 ) -> Qwen3VL:
     """Load a checkpoint: a folder, a Hub id, or "demo".
@@ -63,7 +67,8 @@ def load(
     "mxfp4", "mxfp8", "nvfp4", "mixed_3_6", "auto" (the best that fits this machine), a name of
     mistral.rs ("q4k"), or a `Recipe`: weights are quantized as they are read, and the whole model
     is never held. topology: a YAML file of exceptions to it. dtype None keeps the checkpoint's
-    floating-point type on a GPU and is float32 on a CPU. progress shows a bar on a terminal where
+    floating-point type on a GPU and is float32 on a CPU. engine: caches, batch size and memory
+    limit, see `EngineOptions`. progress shows a bar on a terminal where
     reading the weights takes over a second. Raises CheckpointError, ConfigError, WeightsError,
     HubError, or InputError for an unknown quantization.
     """
@@ -72,44 +77,14 @@ def load(
     # A tokenizer of 150,000 tokens takes as long to read as a small model's weights.
     with ThreadPoolExecutor(max_workers=1) as pool:
         processor = pool.submit(Processor.from_folder, source.folder, config)
-        weights = _load_weights(source.folder, config, quantize, topology, dtype, progress)
+        weights = load_weights(source.folder, config, quantize, topology, dtype, progress)
     wire_memory()
     generation_config = read_generation_config(source.folder)
-    return Qwen3VL(weights, processor.result(), generation_config, source)
-
-
-def _load_weights(
-    folder: Path,
-    config: ModelConfig,
-    quantize: str | Recipe | None,
-    topology: str | os.PathLike[str] | None,
-    dtype: mx.Dtype | None,
-    progress: bool,
-) -> Model:
-    dtype = dtype or default_dtype()
-    if quantize is None and topology is not None:
-        raise InputError('a topology file holds exceptions: say from what, quantize="4bit"')
-    if quantize is not None:
-        from qwen3vl_mlx.quant import policy
-        from qwen3vl_mlx.quant.apply import as_assignment
-
-        request = policy.Request(quantize, topology=topology)
-        config = stored_config(folder, config)
-        stored = as_assignment(stored_modules(folder, config))
-        if progress:
-            policy.tell_plan(config, request)
-        assignment = policy.choose(config, request, stored)
-        if progress:
-            policy.tell(config, request, assignment, stored, model_itemsize(folder))
-        if assignment is not None and assignment != stored:
-            return load_quantized(
-                folder, assignment.modules, dtype, config=config, progress=progress
-            )
-    return load_model(folder, dtype, config=config, progress=progress)
+    return Qwen3VL(weights, processor.result(), generation_config, source, engine)
 
 
 class Qwen3VL:
-    """A loaded model. Holds weights and settings; every request brings its own state."""
+    """A loaded model. Any number of threads may ask it at once: one engine answers them all."""
 
     def __init__(
         self,
@@ -117,16 +92,25 @@ class Qwen3VL:
         processor: Processor,
         generation_config: Mapping[str, Any],
         source: hub.Snapshot,
+        options: EngineOptions | None = None,
     ):
         self.model = model
         self.processor = processor
         self.source = source
-        self._running = 0
         try:
             self.default_params = default_params(generation_config)
         except InputError as error:
             raise CheckpointError(f"generation_config.json: {error}") from error
-        self.eos_token_ids = eos_token_ids(generation_config, processor)
+        self.eos_token_ids = end_token_ids(generation_config, processor.tokenizer)
+        self.compiler = GrammarCompiler(
+            processor.tokenizer, model.config.text.vocab_size, self.eos_token_ids
+        )
+        self.engine = self._new_engine(options or EngineOptions())
+
+    def _new_engine(self, options: EngineOptions) -> Engine:
+        engine = Engine(self.model, self.processor.tokenizer, self.compiler, options)
+        weakref.finalize(self, engine.close)  # its thread would hold the weights
+        return engine
 
     @property
     def context_length(self) -> int:
@@ -140,6 +124,10 @@ class Qwen3VL:
         images: Sequence[ImageSource] = (),
         videos: Sequence[VideoSource] = (),
         tools: Sequence[Mapping[str, Any]] | None = None,
+        tool_choice: str | Mapping[str, Any] | None = None,
+        response_format: Mapping[str, Any] | None = None,
+        grammar: Mapping[str, Any] | None = None,
+        params: SamplingParams | None = None,
         max_tokens: int | None = None,
         temperature: float | None = None,
         top_p: float | None = None,
@@ -151,22 +139,39 @@ class Qwen3VL:
         logit_bias: Mapping[int, float] | None = None,
         stop: str | Sequence[str] | None = None,
         seed: int | None = None,
+        logprobs: bool | None = None,
+        top_logprobs: int | None = None,
+        thinking_budget: int | None = None,
+        timeout: float | None = None,
+        truncate: bool = False,
         min_pixels: int | None = None,
         max_pixels: MaxPixels = None,
         add_vision_id: bool = False,
+        n: int = 1,
     ) -> Completion:
         """Answer a prompt about `images` and `videos`, or a list of OpenAI chat messages.
 
         Images are paths, URLs, data URIs, base64, bytes, PIL images or arrays; videos are lists
-        of frames or `Video`. Sampling parameters left unset come from generation_config.json.
-        max_pixels None is the desktop budget, "full" the checkpoint's. Raises InputError.
+        of frames or `Video`. Sampling parameters left unset come from `params`, and without it
+        from generation_config.json. response_format, tool_choice: as OpenAI has them; grammar:
+        {"type": "regex" | "lark" | "json_schema", "value": ...}. thinking_budget: tokens of
+        thought at most. timeout: seconds after which the answer is cut off. truncate drops the
+        oldest turns of a conversation that is too long. max_pixels None is the desktop budget,
+        "full" the checkpoint's. n: answers wanted; those after the first are its `alternatives`.
+        Raises InputError.
         """
-        return collect(
+        if type(n) is not int or n < 1:
+            raise InputError(f"n must be a whole number of at least 1, got {n!r}")
+        with (
             self.stream(
                 messages,
                 images=images,
                 videos=videos,
                 tools=tools,
+                tool_choice=tool_choice,
+                response_format=response_format,
+                grammar=grammar,
+                params=params,
                 max_tokens=max_tokens,
                 temperature=temperature,
                 top_p=top_p,
@@ -178,11 +183,20 @@ class Qwen3VL:
                 logit_bias=logit_bias,
                 stop=stop,
                 seed=seed,
+                logprobs=logprobs,
+                top_logprobs=top_logprobs,
+                thinking_budget=thinking_budget,
+                timeout=timeout,
+                truncate=truncate,
                 min_pixels=min_pixels,
                 max_pixels=max_pixels,
                 add_vision_id=add_vision_id,
-            )
-        )
+            ) as first,
+            ExitStack() as stack,
+        ):
+            others = [stack.enter_context(other) for other in self.repeat(first, n - 1)]
+            answer = collect(first)
+            return replace(answer, alternatives=tuple(map(collect, others))) if others else answer
 
     def stream(
         self,
@@ -191,6 +205,10 @@ class Qwen3VL:
         images: Sequence[ImageSource] = (),
         videos: Sequence[VideoSource] = (),
         tools: Sequence[Mapping[str, Any]] | None = None,
+        tool_choice: str | Mapping[str, Any] | None = None,
+        response_format: Mapping[str, Any] | None = None,
+        grammar: Mapping[str, Any] | None = None,
+        params: SamplingParams | None = None,
         max_tokens: int | None = None,
         temperature: float | None = None,
         top_p: float | None = None,
@@ -202,16 +220,21 @@ class Qwen3VL:
         logit_bias: Mapping[int, float] | None = None,
         stop: str | Sequence[str] | None = None,
         seed: int | None = None,
+        logprobs: bool | None = None,
+        top_logprobs: int | None = None,
+        thinking_budget: int | None = None,
+        timeout: float | None = None,
+        truncate: bool = False,
         min_pixels: int | None = None,
         max_pixels: MaxPixels = None,
         add_vision_id: bool = False,
-    ) -> Iterator[Chunk]:
-        """`generate`, chunk by chunk. Closing the iterator stops the work.
+    ) -> Stream:
+        """`generate`, chunk by chunk. The work has begun when this returns; closing stops it.
 
         The request is checked, and its images are read, before this returns.
         """
         started = time.perf_counter()
-        params = self.default_params.updated(
+        wanted = (params or self.default_params).updated(
             {
                 "max_tokens": max_tokens,
                 "temperature": temperature,
@@ -224,25 +247,57 @@ class Qwen3VL:
                 "logit_bias": logit_bias,
                 "stop": stop,
                 "seed": seed,
+                "logprobs": logprobs,
+                "top_logprobs": top_logprobs,
+                "thinking_budget": thinking_budget,
             }
         )
-        prompt = self.processor.prompt(
-            as_messages(messages, images, videos),
+        rules = parse_grammar(response_format, grammar, tools, tool_choice)
+        if tool_choice == "none":
+            tools = None  # what the model does not see it does not call
+        conversation = as_messages(messages, images, videos)
+        layout = partial(
+            self.processor.prompt,
             tools=tools,
             min_pixels=min_pixels,
             max_pixels=max_pixels,
             add_vision_id=add_vision_id,
         )
-        request = self.request(prompt, params, tools=bool(tools), started=started)
-        return self.run(request, self.new_state())
+        if truncate:
+            budget = self.processor.image_budget(min_pixels, max_pixels)
+            answer = wanted.max_tokens or min(_ANSWER_ROOM, self.context_length // 4)
+            room = self.context_length - answer
+            conversation = shorten(self.processor.read(conversation, budget), layout, room)
+        request = self.request(
+            layout(conversation),
+            wanted,
+            tools=bool(tools),
+            grammar=rules,
+            timeout=timeout,
+            started=started,
+        )
+        return self.run(request)
 
-    def run(self, request: Request, state: CacheState) -> Generator[Chunk, None, None]:
-        """Answer a request from `request()`, on a state from `new_state()` or an earlier turn."""
-        self._running += 1
-        try:
-            yield from answer(self.model, self.processor.tokenizer, request, state)
-        finally:
-            self._running -= 1
+    def run(self, request: Request) -> Stream:
+        """Answer a request from `request()`."""
+        return Stream(self.engine.submit(request))
+
+    def repeat(self, stream: Stream, count: int) -> list[Stream]:
+        """The same request `count` more times, with the seeds that follow its own.
+
+        The prompt is read once, for all of them.
+        """
+        request = stream.handle.request
+        seed = request.params.seed
+        again = [
+            replace(request.params, seed=None if seed is None else (seed + i) % 2**64)
+            for i in range(1, count + 1)
+        ]
+        return [self.run(replace(request, params=params)) for params in again]
+
+    def close(self) -> None:
+        """End all answers as cancelled, and write what `cache_folder` is to keep."""
+        self.engine.close()
 
     def requantize(
         self,
@@ -257,15 +312,20 @@ class Qwen3VL:
         changes nothing. Chats go on, computing their earlier turns anew. Raises InputError while
         an answer is being generated.
         """
-        if self._running:
-            raise InputError(
-                f"answers are being generated ({self._running}): requantize when they have ended"
-            )
         if quantize is None:
             raise InputError('requantize takes a quantization such as "4bit"')
+        self.engine.call(lambda: None)  # what was cancelled before has ended then
+        if self.engine.busy:
+            running = self.engine.stats.load
+            count = running.waiting + running.prefilling + running.running
+            raise InputError(
+                f"answers are being generated ({count}): requantize when they have ended"
+            )
         config = read_config(self.source.folder)
         dtype = self.model.vision_tower.patch_embed.proj.weight.dtype
-        self.model = _load_weights(self.source.folder, config, quantize, topology, dtype, progress)
+        self.model = load_weights(self.source.folder, config, quantize, topology, dtype, progress)
+        self.engine.close()
+        self.engine = self._new_engine(self.engine.options)
         mx.clear_cache()
         wire_memory()
 
@@ -282,10 +342,21 @@ class Qwen3VL:
         save_model(self.model, self.source, Path(folder).expanduser(), force, progress)
 
     def request(
-        self, prompt: Prompt, params: SamplingParams, *, tools: bool, started: float
+        self,
+        prompt: Prompt,
+        params: SamplingParams,
+        *,
+        tools: bool,
+        grammar: Grammar | None = None,
+        timeout: float | None = None,
+        started: float,
     ) -> Request:
         """What the engine runs. Raises PromptError for a prompt that fills the context."""
         params.check_vocabulary(self.model.config.text.vocab_size)
+        if timeout is not None and not timeout > 0:
+            raise InputError(f"timeout must be a number of seconds above 0, got {timeout!r}")
+        if grammar is not None:
+            self.compiler.compile(grammar)  # here, not while others wait for their tokens
         room = self._room(prompt)
         return Request(
             prompt=prompt,
@@ -295,6 +366,8 @@ class Qwen3VL:
             thinking=self.processor.template.opens_thinking,
             tools=tools,
             preparation_sec=time.perf_counter() - started,
+            grammar=grammar,
+            timeout=timeout,
         )
 
     def _room(self, prompt: Prompt) -> int:
@@ -346,23 +419,16 @@ class Qwen3VL:
             add_vision_id=add_vision_id,
         )
         self._room(prompt)
-        state = self.new_state()
-        hidden = generation.forward(self.model, prompt, state, 0, generation.PREFILL_CHUNK)
-        logits = (self.model.language_model.logits(part)[0] for part in hidden)
-        return np.concatenate([np.array(part.astype(mx.float32)) for part in logits])
+
+        def full_pass() -> npt.NDArray[np.float32]:
+            hidden = generation.forward(
+                self.model, prompt, self.new_state(), 0, generation.PREFILL_CHUNK
+            )
+            logits = (self.model.language_model.logits(part)[0] for part in hidden)
+            return np.concatenate([np.array(part.astype(mx.float32)) for part in logits])
+
+        return self.engine.call(full_pass)
 
     def new_state(self) -> CacheState:
-        """An empty cache for one conversation."""
+        """An empty cache for one sequence."""
         return CacheState.empty(self.model.config.text.num_hidden_layers)
-
-
-def eos_token_ids(generation_config: Mapping[str, Any], processor: Processor) -> frozenset[int]:
-    """Every id that ends an answer: the file's, and the two all Qwen3-VL models end with."""
-    given = generation_config.get("eos_token_id")
-    ids = given if isinstance(given, list) else [] if given is None else [given]
-    if any(type(token) is not int for token in ids):
-        raise CheckpointError(
-            f"generation_config.json: eos_token_id must be one or more token ids, got {given!r}"
-        )
-    added = processor.tokenizer.added_tokens
-    return frozenset([*ids, *(added[name] for name in _END_TOKENS if name in added)])

@@ -9,7 +9,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, TypedDict
 
@@ -18,7 +18,6 @@ import numpy as np
 
 from qwen3vl_mlx.api import Qwen3VL
 from qwen3vl_mlx.conversation import as_messages
-from qwen3vl_mlx.engine.answer import answer
 from qwen3vl_mlx.engine.output import collect
 from qwen3vl_mlx.engine.sampling import SamplingParams
 from qwen3vl_mlx.engine.vision import encode
@@ -101,11 +100,13 @@ def measure(model: Qwen3VL, image: Image, workload: Workload) -> Measured:
     prompt = processor.prompt(
         as_messages(workload.prompt, [image], ()), min_pixels=pixels, max_pixels=pixels
     )
-    params = SamplingParams(temperature=0, max_tokens=workload.max_tokens)
+    params = SamplingParams(
+        temperature=0, max_tokens=workload.max_tokens, ignore_eos=True
+    )
     request = model.request(prompt, params, tools=False, started=started)
-    state = model.new_state()
-    endless = replace(request, eos_token_ids=frozenset())
-    usage = collect(answer(model.model, processor.tokenizer, endless, state)).usage
+    model.engine.clear_caches()
+    answer = model.run(request)
+    usage = collect(answer).usage
     return {
         "preprocess_sec": cut - began,
         "vision_encode_sec": encoded - cut,
@@ -115,7 +116,7 @@ def measure(model: Qwen3VL, image: Image, workload: Workload) -> Measured:
         "peak_memory_bytes": usage.peak_memory_bytes,
         "max_rss_bytes": max_rss_bytes(),
         "prompt_tokens": usage.prompt_tokens,
-        "tokens": state.token_ids[usage.prompt_tokens :],  # the last one is not fed back
+        "tokens": answer.handle.tokens,
     }
 
 

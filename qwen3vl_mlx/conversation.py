@@ -6,8 +6,8 @@ import time
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from qwen3vl_mlx.engine.answer import Request
 from qwen3vl_mlx.engine.output import Chunk, Completion, collect
+from qwen3vl_mlx.engine.request import Request
 from qwen3vl_mlx.engine.sampling import SamplingParams
 from qwen3vl_mlx.errors import InputError
 from qwen3vl_mlx.media import ImageSource
@@ -39,7 +39,6 @@ class Chat:
         self.messages: list[Mapping[str, Any]] = []
         if system is not None:
             self.messages.append({"role": "system", "content": system})
-        self.weights, self.state = model.model, model.new_state()
         self._running: Generator[Chunk, None, None] | None = None
 
     def send(
@@ -98,13 +97,13 @@ class Chat:
         self, turn: Sequence[Mapping[str, Any]], request: Request
     ) -> Generator[Chunk, None, None]:
         chunks: list[Chunk] = []
-        if self.weights is not self.model.model:  # requantized: what is held is another model's
-            self.weights, self.state = self.model.model, self.model.new_state()
+        answer = self.model.run(request)
         try:
-            for chunk in self.model.run(request, self.state):
+            for chunk in answer:
                 chunks.append(chunk)
                 yield chunk
         finally:
+            answer.close()
             if chunks:
                 self.messages += [*turn, _assistant_message(chunks)]
 

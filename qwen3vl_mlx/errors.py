@@ -43,3 +43,11 @@ class HubError(Qwen3VLError):
 
 class OutputError(Qwen3VLError):
     """A file or folder could not be written; nothing half-made is left."""
+
+
+class QueueFullError(Qwen3VLError):
+    """Too many requests wait for the model already; ask again later."""
+
+
+class EngineClosedError(Qwen3VLError):
+    """The model was closed, or its thread has failed."""

@@ -13,6 +13,8 @@ from qwen3vl_mlx import Qwen3VL
 from qwen3vl_mlx.engine import vision
 from qwen3vl_mlx.engine.vision import encode
 from qwen3vl_mlx.models.attention import full_attention, has_fused_kernel
+from qwen3vl_mlx.models.config import VisionConfig
+from qwen3vl_mlx.models.positions import Grid
 from qwen3vl_mlx.models.vision import VisionModel, VisionTables
 from qwen3vl_mlx.processing.image import VisualInput
 from qwen3vl_mlx.processing.video import Video
@@ -56,21 +58,36 @@ def test_together_equals_alone(
         assert np.abs(got - expected).max() <= 1e-5 * np.abs(expected).max()
 
 
+@pytest.mark.parametrize("order", [(0, 0), (3, 1, 0, 1), (2, 0, 2)])
+def test_media_may_repeat_and_come_in_any_order(
+    order: tuple[int, ...], tiny_model: Callable[[str], Qwen3VL], media: list[VisualInput]
+) -> None:
+    tower = tiny_model("dense72").model.vision_tower
+    alone = zip(*(flat(tower, [media[i]]) for i in order), strict=True)
+    for got, parts in zip(flat(tower, [media[i] for i in order]), alone, strict=True):
+        expected = np.concatenate(parts)
+        assert np.abs(got - expected).max() <= 1e-5 * np.abs(expected).max()
+
+
 def test_equal_grids_share_a_pass_and_one_attention_call(
     tiny_model: Callable[[str], Qwen3VL], media: list[VisualInput], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tower = tiny_model("dense72").model.vision_tower
     passes: list[tuple[tuple[int, int], ...]] = []
-    forward = VisionModel.__call__
+    build = vision.vision_tables
 
-    def recorded(self: VisionModel, patches: mx.array, tables: VisionTables) -> object:
+    def recorded(grids: Sequence[Grid], config: VisionConfig) -> VisionTables:
+        tables = build(grids, config)
         passes.append(tables.segments)
-        return forward(self, patches, tables)
+        return tables
 
-    monkeypatch.setattr(VisionModel, "__call__", recorded)
+    monkeypatch.setattr(vision, "vision_tables", recorded)
     encode(tower, media)
     # Stills: two of 4 x 6 patches together and one of 8 x 4; video: two frames of 4 x 6.
     assert passes == [((2, 24), (1, 32)), ((2, 24),)]
+    passes.clear()
+    encode(tower, [media[0], media[1], media[0], media[0]])
+    assert passes == [((1, 24), (1, 32))]  # what repeats is encoded once
 
 
 def test_identity_follows_pixels_grid_kind_and_nothing_else(

@@ -8,14 +8,12 @@ from __future__ import annotations
 from collections.abc import Generator, Iterator
 
 import mlx.core as mx
-import numpy as np
 
+from qwen3vl_mlx.engine.prefill import Prefill
 from qwen3vl_mlx.engine.sampling import Sampler
 from qwen3vl_mlx.engine.state import CacheState
 from qwen3vl_mlx.engine.vision import encode
 from qwen3vl_mlx.models.qwen3_vl import Model
-from qwen3vl_mlx.models.text import VisualTokens
-from qwen3vl_mlx.models.vision import VisionFeatures
 from qwen3vl_mlx.processing.prompt import Prompt
 
 PREFILL_CHUNK = 2048
@@ -44,26 +42,11 @@ def forward(
     model: Model, prompt: Prompt, state: CacheState, start: int, chunk: int
 ) -> Iterator[mx.array]:
     """Hidden states (1, n, hidden_size) of the prompt's tokens from `start` on, chunk by chunk."""
-    length = len(prompt.token_ids)
-    visual_rows = prompt.visual_rows
-    before = sum(spans[-1].stop <= start for spans in prompt.media_spans)  # media already held
-    skipped = sum(medium.num_tokens for medium in prompt.media[:before])
-    features: VisionFeatures | None = None
-    if before < len(prompt.media):
-        features = encode(model.vision_tower, prompt.media[before:])
-    for begin in range(start, length, chunk):
-        end = min(begin + chunk, length)
-        first, last = np.searchsorted(visual_rows, (begin, end))
-        visual: VisualTokens | None = None
-        if first < last:
-            assert features is not None
-            rows = mx.array(visual_rows[first:last] - begin)
-            visual = VisualTokens(rows, features[first - skipped : last - skipped])
-            positions = mx.array(prompt.position_ids[:, None, begin:end])  # (3, 1, n)
-        else:  # text alone: the axes count together
-            positions = mx.array(prompt.position_ids[0, begin : begin + 1])  # (1,)
-        token_ids = mx.array(prompt.token_ids[None, begin:end])  # (1, n)
-        yield model.language_model(token_ids, positions, state.layers, visual)
+    prefill = Prefill(model, prompt, state.layers, start)
+    if prefill.media:
+        prefill.give(encode(model.vision_tower, prefill.media))
+    while prefill.remaining:
+        yield prefill.step(chunk)
 
 
 def decode(

@@ -11,7 +11,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, TypeAlias
 
-FinishReason: TypeAlias = Literal["stop", "length", "tool_calls"]
+from qwen3vl_mlx.engine.logprobs import TokenLogprob
+
+FinishReason: TypeAlias = Literal[
+    "stop", "length", "tool_calls", "repetition", "constraint", "cancelled", "timeout"
+]
 
 THINK_END = "</think>"
 TOOL_START = "<tool_call>"
@@ -48,6 +52,9 @@ class Usage:
     avg_tok_per_sec: float
     time_to_first_token_sec: float
     peak_memory_bytes: int
+    drafted_tokens: int = 0  # proposed by speculation
+    accepted_tokens: int = 0  # of those, the ones that were right
+    decode_steps: int = 0  # passes of the decoder after the prompt's
 
 
 def make_usage(
@@ -59,6 +66,9 @@ def make_usage(
     first: float,
     ended: float,
     peak: int,
+    drafted: int = 0,
+    accepted: int = 0,
+    steps: int = 0,
 ) -> Usage:
     """`Usage` from counts and clock readings (seconds)."""
     prompt_time, completion_time = first - started, ended - first
@@ -80,6 +90,9 @@ def make_usage(
         avg_tok_per_sec=rate(prompt + completion, total_time),
         time_to_first_token_sec=prompt_time,
         peak_memory_bytes=peak,
+        drafted_tokens=drafted,
+        accepted_tokens=accepted,
+        decode_steps=steps,
     )
 
 
@@ -96,6 +109,7 @@ class Chunk:
     finish_reason: FinishReason | None = None
     usage: Usage | None = None
     reasoning_closed: bool = True
+    logprobs: tuple[TokenLogprob, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -108,6 +122,8 @@ class Completion:
     finish_reason: FinishReason
     usage: Usage
     reasoning_closed: bool = True
+    logprobs: tuple[TokenLogprob, ...] = ()
+    alternatives: tuple[Completion, ...] = ()  # the other answers, where several were asked for
 
     def to_dict(self) -> dict[str, Any]:
         """Plain dicts, lists, strings and numbers, ready for JSON."""
@@ -127,6 +143,7 @@ def collect(chunks: Iterable[Chunk]) -> Completion:
         finish_reason=last.finish_reason,
         usage=last.usage,
         reasoning_closed=last.reasoning_closed,
+        logprobs=tuple(entry for chunk in parts for entry in chunk.logprobs),
     )
 
 

@@ -13,15 +13,21 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from qwen3vl_mlx._mlx_lm.models.activations import swiglu
-from qwen3vl_mlx._mlx_lm.models.base import create_attention_mask, scaled_dot_product_attention
+from qwen3vl_mlx._mlx_lm.models.base import (
+    create_attention_mask,
+    quantized_scaled_dot_product_attention,
+)
 from qwen3vl_mlx._mlx_lm.models.switch_layers import SwitchGLU
 from qwen3vl_mlx.models.config import ModelConfig, TextConfig
 from qwen3vl_mlx.models.rope import MRope, Rotation
 from qwen3vl_mlx.models.vision import VisionFeatures
 
+# From this many queries on, unpacked keys and the fused kernel beat products of packed ones.
+_MANY_QUERIES = 9
+
 
 class KVCache(Protocol):
-    """What a layer needs of mlx-lm's caches (`KVCache`, `BatchKVCache`, `QuantizedKVCache`)."""
+    """What a layer needs of a cache, of one row or many, plain or quantized."""
 
     @property
     def offset(self) -> Any: ...  # int, or (B,) array
@@ -52,6 +58,27 @@ def add_rows(x: mx.array, rows: mx.array, values: mx.array) -> mx.array:
     return flat.at[rows].add(values.astype(x.dtype)).reshape(x.shape)
 
 
+def attend(q: mx.array, keys: Any, values: Any, scale: float, mask: Any) -> mx.array:
+    """softmax(q k^T * scale) v, (B, heads, L, head_dim), over what a cache gave.
+
+    keys, values: arrays (B, kv_heads, K, head_dim), or triples (packed, scales, biases).
+    """
+    if not isinstance(keys, tuple):
+        return mx.fast.scaled_dot_product_attention(q, keys, values, scale=scale, mask=mask)
+    head_dim = q.shape[-1]
+    bits = 32 * keys[0].shape[-1] // head_dim
+    group_size = head_dim // keys[1].shape[-1]
+    if q.shape[2] < _MANY_QUERIES:
+        return quantized_scaled_dot_product_attention(
+            q, keys, values, scale=scale, mask=mask, group_size=group_size, bits=bits
+        )
+    k, v = (
+        mx.dequantize(packed, scales, biases, group_size=group_size, bits=bits)
+        for packed, scales, biases in (keys, values)
+    )
+    return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask=mask)
+
+
 class Attention(nn.Module):
     def __init__(self, config: TextConfig, rope: MRope):
         super().__init__()
@@ -77,7 +104,7 @@ class Attention(nn.Module):
         q, k = self.rope(q, rotation), self.rope(k, rotation)
         if cache is not None:
             k, v = cache.update_and_fetch(k, v)
-        out = scaled_dot_product_attention(q, k, v, cache=cache, scale=self.scale, mask=mask)
+        out = attend(q, k, v, self.scale, mask)
         return self.o_proj(out.swapaxes(1, 2).reshape(B, L, -1))
 
 

@@ -34,6 +34,19 @@ class VisionFeatures:
     def __getitem__(self, rows: slice) -> VisionFeatures:
         return VisionFeatures(self.embeds[rows], tuple(x[rows] for x in self.deepstack))
 
+    @property
+    def arrays(self) -> tuple[mx.array, ...]:
+        return (self.embeds, *self.deepstack)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(x.nbytes for x in self.arrays)
+
+    def compact(self) -> VisionFeatures:
+        """The same in buffers of their own size: a slice would keep all it was cut from."""
+        embeds, *deepstack = map(mx.contiguous, self.arrays)
+        return VisionFeatures(embeds, tuple(deepstack))
+
     @staticmethod
     def concatenate(parts: Sequence[VisionFeatures]) -> VisionFeatures:
         levels = zip(*(part.deepstack for part in parts), strict=True)
@@ -246,11 +259,44 @@ class VisionModel(nn.Module):
 
         patches: (N, T * P * P * C), or (N, P * P * C) for stills. Returns N / 4 visual tokens.
         """
-        x = self.patch_embed(patches)  # (N, D)
-        x = x + self.position_embeds(tables, x.dtype)
-        deepstack: list[mx.array] = []
-        for index, block in enumerate(self.blocks):
-            x = block(x, tables)
-            if index in self.config.deepstack_visual_indexes:
-                deepstack.append(self.deepstack_merger_list[len(deepstack)](x))
-        return VisionFeatures(self.merger(x), tuple(deepstack))
+        run = VisionPass(self, patches, tables)
+        run.advance(self.config.depth)
+        return run.features()
+
+
+class VisionPass:
+    """N patches on their way through the tower, some blocks at a time. Lazy.
+
+    However the blocks are divided, the features are those of `VisionModel.__call__`, which takes
+    them in one go. `tower`, `patches` and `tables` as there.
+    """
+
+    def __init__(self, tower: VisionModel, patches: mx.array, tables: VisionTables):
+        self.tower = tower
+        self.tables = tables
+        self.blocks_left = tower.config.depth
+        hidden = tower.patch_embed(patches)  # (N, D)
+        self._hidden = hidden + tower.position_embeds(tables, hidden.dtype)
+        self._deepstack: list[mx.array] = []
+
+    @property
+    def arrays(self) -> list[mx.array]:
+        """All that is under way. Evaluated between calls of `advance`, it frees the rest."""
+        return [self._hidden, *self._deepstack]
+
+    def advance(self, blocks: int) -> None:
+        """Go through up to `blocks` more blocks, as far as there are any."""
+        tower = self.tower
+        first = tower.config.depth - self.blocks_left
+        for index in range(first, min(first + blocks, tower.config.depth)):
+            # Nothing else may name the old value, or MLX could not write over its buffer.
+            self._hidden = tower.blocks[index](self._hidden, self.tables)
+            if index in tower.config.deepstack_visual_indexes:
+                merger = tower.deepstack_merger_list[len(self._deepstack)]
+                self._deepstack.append(merger(self._hidden))
+            self.blocks_left -= 1
+
+    def features(self) -> VisionFeatures:
+        """The visual tokens, once no blocks are left."""
+        assert not self.blocks_left
+        return VisionFeatures(self.tower.merger(self._hidden), tuple(self._deepstack))

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from types import MappingProxyType
-from typing import Final
+from typing import Any, Final
 
 import tokenizers
 
@@ -30,8 +30,12 @@ def _byte_alphabet() -> dict[str, int]:
 
 
 _BYTE_OF_CHARACTER: Final[Mapping[str, int]] = MappingProxyType(_byte_alphabet())
+_CHARACTER_OF_BYTE: Final[Mapping[int, str]] = MappingProxyType(
+    {byte: character for character, byte in _BYTE_OF_CHARACTER.items()}
+)
 # Characters that no text should hold; one that is absent from a prompt can mark places in it.
 _PRIVATE_USE: Final = (range(0xE000, 0xF900), range(0xF0000, 0xFFFFE), range(0x100000, 0x10FFFE))
+_END_TOKENS: Final = ("<|im_end|>", "<|endoftext|>")
 _PROBE: Final = "Aé中🙂 \n"  # one, two, three and four bytes, a space and a control character
 
 
@@ -110,6 +114,15 @@ class Tokenizer:
         except KeyError:  # an added token with a space or a letter beyond the alphabet
             return token.encode()
 
+    def tokens_with(self, *texts: str) -> set[int]:
+        """Ids of all ordinary tokens whose bytes hold those of one of `texts`.
+
+        Reads the whole vocabulary.
+        """
+        written = ["".join(map(_CHARACTER_OF_BYTE.__getitem__, text.encode())) for text in texts]
+        vocabulary = self.backend.get_vocab(with_added_tokens=False)
+        return {id_ for token, id_ in vocabulary.items() if any(part in token for part in written)}
+
 
 class StreamingDecoder:
     """Streaming detokenizer: turns ids into text one at a time, never half a character.
@@ -169,3 +182,15 @@ def absent_character(texts: Iterable[str]) -> str:
         if chr(code) not in used:
             return chr(code)
     raise PromptError("the messages hold every private-use character of Unicode; send text")
+
+
+def end_token_ids(generation_config: Mapping[str, Any], tokenizer: Tokenizer) -> frozenset[int]:
+    """Every id that ends an answer: the file's, and the two all Qwen3-VL models end with."""
+    given = generation_config.get("eos_token_id")
+    ids = given if isinstance(given, list) else [] if given is None else [given]
+    if any(type(token) is not int for token in ids):
+        raise CheckpointError(
+            f"generation_config.json: eos_token_id must be one or more token ids, got {given!r}"
+        )
+    added = tokenizer.added_tokens
+    return frozenset([*ids, *(added[name] for name in _END_TOKENS if name in added)])

@@ -1,0 +1,221 @@
+"""The engine: one thread that owns a model and answers the requests of all front ends."""
+
+from __future__ import annotations
+
+import atexit
+import threading
+import time
+import weakref
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import mlx.core as mx
+
+from qwen3vl_mlx.engine.admission import Admission, memory_limit
+from qwen3vl_mlx.engine.constraints import GrammarCompiler
+from qwen3vl_mlx.engine.feature_cache import FeatureCache, FeatureCacheStats
+from qwen3vl_mlx.engine.prefix_cache import PrefixCache, PrefixStats
+from qwen3vl_mlx.engine.request import Handle, Request
+from qwen3vl_mlx.engine.scheduler import Limits, Load, Scheduler
+from qwen3vl_mlx.errors import EngineClosedError, InputError, QueueFullError
+from qwen3vl_mlx.models.qwen3_vl import Model
+from qwen3vl_mlx.processing.tokenizer import Tokenizer
+
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """How a model is served. Bytes of 0 switch a cache off.
+
+    cache_folder keeps the prefix cache over restarts. memory_limit: bytes for weights, caches and
+    work together, by default the device's working set. kv_bits: 8 or 4 quantizes keys and values.
+    """
+
+    max_batch: int = 8
+    max_queue: int = 256
+    prefill_chunk: int = 2048
+    interleave: int = 512
+    prefix_cache_bytes: int = 2 * 2**30
+    feature_cache_bytes: int = 512 * 2**20
+    cache_folder: Path | None = None
+    cache_folder_bytes: int = 10 * 2**30
+    kv_bits: int | None = None
+    memory_limit: int | None = None
+
+    def __post_init__(self) -> None:
+        least = {"max_batch": 1, "max_queue": 1, "prefill_chunk": 1, "interleave": 1}
+        sizes = ("prefix_cache_bytes", "feature_cache_bytes", "cache_folder_bytes")
+        for name, smallest in {**least, **dict.fromkeys(sizes, 0)}.items():
+            if getattr(self, name) < smallest:
+                raise InputError(f"{name} must be at least {smallest}, got {getattr(self, name)!r}")
+        if self.kv_bits not in (None, 4, 8):
+            raise InputError(f"kv_bits must be 8, 4 or None, got {self.kv_bits!r}")
+
+
+@dataclass(frozen=True)
+class EngineStats:
+    """What the engine is doing and what its caches did."""
+
+    load: Load
+    prefix: PrefixStats | None
+    features: FeatureCacheStats
+
+
+class Engine:
+    """Answers requests, many at once, on a thread of its own that starts with the first one."""
+
+    def __init__(
+        self, model: Model, tokenizer: Tokenizer, compiler: GrammarCompiler, options: EngineOptions
+    ):
+        self.options = options
+        admission = Admission.for_model(
+            model,
+            memory_limit(options.memory_limit),
+            options.kv_bits,
+            chunk=options.prefill_chunk,
+        )
+        self.scheduler = Scheduler(
+            model,
+            tokenizer,
+            compiler,
+            admission,
+            _prefix_cache(model, options),
+            FeatureCache(options.feature_cache_bytes),
+            Limits(options.max_batch, options.prefill_chunk, options.interleave, options.kv_bits),
+        )
+        self._inbox: deque[Callable[[], None]] = deque()
+        self._wake = threading.Condition()
+        self._open = 0  # requests submitted and not ended
+        self._closed = False
+        self._thread: threading.Thread | None = None
+
+    def submit(self, request: Request) -> Handle:
+        """Ask; returns at once, from any thread. Raises QueueFullError or EngineClosedError."""
+        handle = Handle(request, self._cancel)
+        submitted = time.perf_counter()
+        with self._wake:
+            load = self.scheduler.load
+            pending = load.waiting + len(self._inbox)
+            if pending >= self.options.max_queue:
+                raise QueueFullError(
+                    f"{pending} requests are waiting and the queue holds "
+                    f"{self.options.max_queue}; ask again later"
+                )
+            self._send(lambda: self.scheduler.add(handle, submitted))
+        return handle
+
+    def call(self, action: Callable[[], Result]) -> Result:
+        """Run something on the owner thread between two steps, and wait for its result."""
+        future: Future[Result] = Future()
+
+        def run() -> None:
+            try:
+                future.set_result(action())
+            except BaseException as error:  # noqa: BLE001
+                future.set_exception(error)  # raised where it was called
+
+        with self._wake:
+            self._send(run)
+        return future.result()
+
+    @property
+    def busy(self) -> bool:
+        """Whether any request has not ended."""
+        return bool(self._inbox) or self.scheduler.busy
+
+    @property
+    def stats(self) -> EngineStats:
+        """A look from outside: numbers may be a step apart."""
+        prefix = self.scheduler.prefix
+        return EngineStats(
+            self.scheduler.load,
+            prefix.stats if prefix is not None else None,
+            self.scheduler.features.stats,
+        )
+
+    def clear_caches(self) -> None:
+        """Forget all prefixes and features, on disk too."""
+
+        def clear() -> None:
+            if self.scheduler.prefix is not None:
+                self.scheduler.prefix.clear()
+            self.scheduler.features.clear()
+            mx.clear_cache()
+
+        self.call(clear)
+
+    def close(self) -> None:
+        """End all requests as cancelled, write what is to be kept, and stop the thread."""
+        with self._wake:
+            if self._closed:
+                return
+            self._closed = True
+            self._wake.notify_all()
+        if self._thread is not None and self._thread is not threading.current_thread():
+            self._thread.join()
+
+    def _cancel(self, handle: Handle) -> None:
+        with self._wake:
+            if not self._closed:
+                self._send(lambda: self.scheduler.cancel(handle))
+
+    def _send(self, message: Callable[[], None]) -> None:
+        """Put a message before the thread, which starts with the first. Holds the lock."""
+        if self._closed:
+            raise EngineClosedError("this engine is closed; load the model again")
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._run, name="qwen3vl-engine", daemon=True)
+            # A thread that still computes while the interpreter ends takes the process down.
+            atexit.register(_close, weakref.ref(self))
+            self._thread.start()
+        self._inbox.append(message)
+        self._wake.notify_all()
+
+    def _run(self) -> None:
+        try:
+            self._serve()
+        except BaseException as error:
+            with self._wake:
+                self._closed = True
+            cause = f"the engine failed: {type(error).__name__}: {error}"
+            self.scheduler.abandon(EngineClosedError(cause))
+            raise  # for threading.excepthook to print
+        finally:
+            mx.synchronize()
+            mx.clear_streams()  # left to the interpreter's end, this thread's would abort it
+
+    def _serve(self) -> None:
+        scheduler = self.scheduler
+        while True:
+            with self._wake:
+                while not (self._inbox or scheduler.busy or self._closed):
+                    self._wake.wait()
+                closed = self._closed
+            while self._inbox:
+                self._inbox.popleft()()
+            if closed:
+                break
+            scheduler.step()
+        scheduler.close()
+
+
+def _prefix_cache(model: Model, options: EngineOptions) -> PrefixCache | None:
+    if options.prefix_cache_bytes == 0:
+        return None
+    disk = None
+    if options.cache_folder is not None:
+        from qwen3vl_mlx.engine.prefix_disk import DiskTier, fingerprint
+
+        identity = fingerprint(model, options.kv_bits)
+        disk = DiskTier(options.cache_folder, identity, options.cache_folder_bytes)
+    return PrefixCache(options.prefix_cache_bytes, disk)
+
+
+def _close(engine: weakref.ref[Engine]) -> None:
+    if (own := engine()) is not None:
+        own.close()

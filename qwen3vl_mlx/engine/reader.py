@@ -1,0 +1,98 @@
+"""Prompts on their way into their caches: pictures encoded, tokens prefilled, turn about."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Mapping
+
+import mlx.core as mx
+
+from qwen3vl_mlx.engine import kv_cache
+from qwen3vl_mlx.engine.feature_cache import FeatureCache
+from qwen3vl_mlx.engine.job import Job
+from qwen3vl_mlx.engine.vision import Encoding
+from qwen3vl_mlx.models.qwen3_vl import Model
+from qwen3vl_mlx.models.vision import VisionFeatures
+
+
+class PromptReader:
+    """The jobs whose prompts are being read."""
+
+    def __init__(self, model: Model, features: FeatureCache):
+        self.model = model
+        self.features = features
+        self.jobs: deque[Job] = deque()
+        self._encoding: tuple[Job, Encoding] | None = None
+        self._queued: mx.array | None = None  # the last chunk, which may not have run yet
+
+    def add(self, job: Job) -> None:
+        self.jobs.append(job)
+
+    def remove(self, job: Job) -> None:
+        """Let a job go, with what was encoded for it so far."""
+        self.jobs.remove(job)
+        if self._encoding is not None and self._encoding[0] is job:
+            self._encoding = None
+
+    def clear(self) -> None:
+        self.jobs.clear()
+        self._encoding = self._queued = None
+
+    def next(self) -> Job | None:
+        """The next job that has work: each in turn, so that a short prompt overtakes a long one."""
+        for _ in range(len(self.jobs)):
+            job = self.jobs[0]
+            self.jobs.rotate(-1)
+            assert job.prefill is not None
+            waits = self._encoding is not None and self._encoding[0] is not job
+            if job.prefill.remaining and (job.prefill.ready or not waits):
+                return job
+        return None
+
+    def advance(self, job: Job, budget: int, *, wait: bool) -> int:
+        """Queue a job's next work; returns the tokens' worth that was.
+
+        wait: nobody decodes, so that the host may wait for the chunk before. All of a prompt is
+        read when its `prefill.hidden` is there.
+        """
+        prefill = job.prefill
+        assert prefill is not None
+        if not prefill.ready:
+            return self._encode(job, budget)
+        spent = min(budget, prefill.remaining)
+        last = prefill.step(budget)[:, -1]  # (1, hidden_size)
+        mx.async_eval(last, kv_cache.arrays(prefill.layers))
+        if wait and self._queued is not None:
+            mx.eval(self._queued)  # two chunks in flight: the device is busy, memory is bounded
+        self._queued = last if prefill.remaining else None
+        return spent
+
+    def _encode(self, job: Job, budget: int) -> int:
+        """Encode what a prompt's pictures still need, on behalf of all who will need it."""
+        assert job.prefill is not None
+        if self._encoding is None:
+            media = {medium.identity: medium for medium in job.prefill.media}
+            known = {key: self.features.get(key) for key in media}
+            job.features = {key: value for key, value in known.items() if value is not None}
+            missing = [media[key] for key in media if key not in job.features]
+            if not missing:
+                _give(job, {})
+                return 0
+            self._encoding = (job, Encoding(self.model.vision_tower, missing))
+        encoding = self._encoding[1]
+        work = encoding.tokens_left
+        if encoding.step(budget):
+            self._encoding = None
+            for key, value in encoding.features.items():
+                self.features.put(key, value)
+            _give(job, encoding.features)
+        return max(1, work - encoding.tokens_left)
+
+
+def _give(job: Job, encoded: Mapping[str, VisionFeatures]) -> None:
+    """Hand a job's prompt its features: those found in the cache, and those encoded since."""
+    assert job.prefill is not None
+    features = {**job.features, **encoded}
+    job.features = {}
+    media = job.prefill.media
+    job.prefill.give(VisionFeatures.concatenate([features[m.identity] for m in media]))

@@ -1,0 +1,133 @@
+"""What is asked of the engine, and the answer on its way."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Iterator
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Literal, TypeAlias
+
+from qwen3vl_mlx.engine.constraints import Grammar
+from qwen3vl_mlx.engine.output import Chunk, Completion, collect
+from qwen3vl_mlx.engine.sampling import SamplingParams
+from qwen3vl_mlx.processing.prompt import Prompt
+
+Phase: TypeAlias = Literal["waiting", "prefilling", "running", "done"]
+
+
+@dataclass(frozen=True)
+class Request:
+    """One question, laid out and ready to run."""
+
+    prompt: Prompt
+    params: SamplingParams
+    max_tokens: int
+    eos_token_ids: frozenset[int]
+    thinking: bool  # the prompt opens a thought, so the answer begins inside it
+    tools: bool  # parse tool calls
+    preparation_sec: float  # what reading the pictures and laying out the prompt took
+    grammar: Grammar | None = None  # what the answer, or a tool call in it, must follow
+    timeout: float | None = None  # seconds from submission until the answer is cut off
+
+
+class Handle:
+    """An answer on its way: iterate over its chunks, with `for` or `async for`, in any thread.
+
+    The last chunk has `finish_reason` and `usage`. What ends one request alone is raised here.
+    """
+
+    def __init__(self, request: Request, on_cancel: Callable[[Handle], None]):
+        self.request = request
+        self.phase: Phase = "waiting"
+        self.tokens: list[int] = []  # of the answer so far, an end token included
+        self._on_cancel = on_cancel
+        self._items: deque[Chunk | BaseException] = deque()
+        self._ready = threading.Condition()
+        self._waiter: tuple[asyncio.AbstractEventLoop, asyncio.Event] | None = None
+        self._ended = False  # the last item was taken
+
+    def cancel(self) -> None:
+        """End the answer; its last chunk comes with finish_reason "cancelled". Returns at once."""
+        if self.phase != "done":
+            self._on_cancel(self)
+
+    def result(self) -> Completion:
+        """Wait for the whole answer."""
+        return collect(self)
+
+    def put(self, item: Chunk | BaseException) -> None:
+        """For the engine: the next chunk, or what went wrong."""
+        with self._ready:
+            if isinstance(item, BaseException) or item.finish_reason is not None:
+                self.phase = "done"
+            self._items.append(item)
+            self._ready.notify_all()
+            if self._waiter is not None:
+                loop, event = self._waiter
+                if not loop.is_closed():
+                    loop.call_soon_threadsafe(event.set)
+
+    def __iter__(self) -> Iterator[Chunk]:
+        while not self._ended:
+            with self._ready:
+                while not self._items:
+                    self._ready.wait()
+                item = self._items.popleft()
+            yield self._opened(item)
+
+    async def __aiter__(self) -> AsyncIterator[Chunk]:
+        event = asyncio.Event()
+        with self._ready:
+            self._waiter = (asyncio.get_running_loop(), event)
+        while not self._ended:
+            event.clear()
+            while self._items:
+                yield self._opened(self._items.popleft())
+            if not self._ended:
+                await event.wait()
+
+    def _opened(self, item: Chunk | BaseException) -> Chunk:
+        if isinstance(item, BaseException):
+            self._ended = True
+            raise item
+        self._ended = item.finish_reason is not None
+        return item
+
+
+class Stream:
+    """An answer's chunks for one reader: closing it, or dropping it, ends the work."""
+
+    def __init__(self, handle: Handle):
+        self.handle = handle
+        self._chunks = iter(handle)
+        self._closed = False
+
+    def __iter__(self) -> Stream:
+        return self
+
+    def __next__(self) -> Chunk:
+        if self._closed:
+            raise StopIteration
+        return next(self._chunks)
+
+    def close(self) -> None:
+        """End the answer where it is; no more chunks come."""
+        self._closed = True
+        self.handle.cancel()
+
+    def __enter__(self) -> Stream:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        self.handle.cancel()

@@ -1,0 +1,356 @@
+"""Many requests on one model: who waits, whose prompt is read, who decodes.
+
+`Scheduler.step` does one round: a token for every running row, and behind it a bounded amount of
+reading (vision encoding, prefill) for those that are to join. All of it belongs to one thread.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import mlx.core as mx
+import numpy as np
+
+from qwen3vl_mlx.engine import kv_cache
+from qwen3vl_mlx.engine.admission import Admission, Cost
+from qwen3vl_mlx.engine.batch import Batch, Decoding, Drawn, draw_rows
+from qwen3vl_mlx.engine.constraints import GrammarCompiler
+from qwen3vl_mlx.engine.feature_cache import FeatureCache
+from qwen3vl_mlx.engine.job import Job
+from qwen3vl_mlx.engine.logprobs import to_host
+from qwen3vl_mlx.engine.output import FinishReason
+from qwen3vl_mlx.engine.prefill import Prefill
+from qwen3vl_mlx.engine.prefix_cache import Key, PrefixCache
+from qwen3vl_mlx.engine.reader import PromptReader
+from qwen3vl_mlx.engine.request import Handle
+from qwen3vl_mlx.errors import InputError
+from qwen3vl_mlx.models.qwen3_vl import Model
+from qwen3vl_mlx.processing.tokenizer import Tokenizer
+
+_CLEAR_EVERY = 256  # steps between returns of MLX's free buffers
+_WORTH_WAITING = 32  # tokens of a prompt that is being read, for another that begins alike
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How much is done at once."""
+
+    max_batch: int = 8  # rows that decode or are being read
+    prefill_chunk: int = 2048  # tokens read in one pass while nobody waits for a token
+    interleave: int = 512  # tokens read between two steps of the running rows
+    kv_bits: int | None = None
+
+
+@dataclass
+class _Counts:
+    steps: int = 0
+    finished: int = 0
+    failed: int = 0
+
+
+@dataclass(frozen=True)
+class Load:
+    """Who is where, and what was done so far."""
+
+    waiting: int
+    prefilling: int
+    running: int
+    steps: int
+    finished: int
+    failed: int
+    reserved_bytes: int
+
+
+@dataclass
+class Scheduler:
+    """The state of all requests of one model."""
+
+    model: Model
+    tokenizer: Tokenizer
+    compiler: GrammarCompiler
+    admission: Admission
+    prefix: PrefixCache | None
+    features: FeatureCache
+    limits: Limits = field(default_factory=Limits)
+
+    def __post_init__(self) -> None:
+        self.batch = Batch(self.model)
+        self.waiting: deque[Job] = deque()
+        self.reader = PromptReader(self.model, self.features)
+        self.running: dict[int, Job] = {}  # by id of the row
+        self.counts = _Counts()
+
+    @property
+    def busy(self) -> bool:
+        return bool(self.waiting or self.reader.jobs or self.running)
+
+    @property
+    def load(self) -> Load:
+        active = [*self.reader.jobs, *self.running.values()]
+        return Load(
+            len(self.waiting),
+            len(self.reader.jobs),
+            len(self.running),
+            self.counts.steps,
+            self.counts.finished,
+            self.counts.failed,
+            self.admission.together(job.cost for job in active),
+        )
+
+    def add(self, handle: Handle, submitted: float) -> None:
+        """Take in a request; `submitted` is on the clock of time.perf_counter."""
+        job = Job(handle, self.tokenizer, submitted, self.admission)
+        if problem := self.admission.refuse(job.cost):
+            self._fail(job, InputError(problem))
+            return
+        if not self.busy:
+            mx.reset_peak_memory()
+        self.waiting.append(job)
+
+    def cancel(self, handle: Handle) -> None:
+        """End a request with what it has; nothing happens where it has ended."""
+        for job in self._jobs():
+            if job.handle is handle:
+                self._finish(job, "cancelled")
+
+    def step(self) -> None:
+        """One round. Waits for the device at most once."""
+        self.counts.steps += 1
+        now = time.perf_counter()
+        for job in [job for job in self._jobs() if now > job.deadline]:
+            self._finish(job, "timeout")
+        self._admit()
+        if self.batch.unread is not None:
+            try:
+                self._decode()
+            except Exception as error:  # noqa: BLE001
+                # The pass is shared: nothing is known of any row's cache now.
+                self.batch = Batch(self.model)
+                for job in list(self.running.values()):
+                    self._fail(job, error)
+        self._read_prompts()
+        if self.counts.steps % _CLEAR_EVERY == 0:
+            mx.clear_cache()
+
+    def abandon(self, error: BaseException) -> None:
+        """End every request with `error`, after the model itself has failed."""
+        for job in self._jobs():
+            job.handle.put(error)
+        self.waiting.clear()
+        self.reader.clear()
+        self.running.clear()
+
+    def close(self) -> None:
+        """End every request as cancelled, and write what the prefix cache is to keep."""
+        for job in self._jobs():
+            self._finish(job, "cancelled")
+        if self.prefix is not None:
+            self.prefix.close()
+
+    def _jobs(self) -> list[Job]:
+        return [*self.waiting, *self.reader.jobs, *self.running.values()]
+
+    # Waiting -> prefilling
+
+    def _admit(self) -> None:
+        for job in list(self.waiting):
+            if len(self.reader.jobs) + len(self.running) >= self.limits.max_batch:
+                return
+            if self._is_being_read(job.key):
+                continue  # soon in the cache
+            if not self._make_room(job.cost):
+                return
+            self.waiting.remove(job)
+            with self._isolated(job):
+                self._begin(job)
+
+    def _is_being_read(self, key: Key) -> bool:
+        """Whether a prompt that begins like this one is on its way into the prefix cache."""
+        if self.prefix is None:
+            return False
+        shared = max((_shared(key, job.key) for job in self.reader.jobs), default=0)
+        return shared >= _WORTH_WAITING and shared - self.prefix.peek(key) >= _WORTH_WAITING
+
+    def _make_room(self, cost: Cost, own: Job | None = None) -> bool:
+        """Whether a request of this cost may run too, after caches have given way.
+
+        own: the job that has this cost, where it is active already.
+        """
+        active = [*self.reader.jobs, *self.running.values()]
+        others = [job.cost for job in active if job is not own]
+        over = self.admission.together([cost, *others]) - self.admission.available
+        if over > 0:
+            return not others  # alone it was found to fit
+        features, prefix = self.features, self.prefix
+        kept = features.stats.bytes + (prefix.stats.bytes if prefix is not None else 0)
+        if (excess := over + kept) > 0:
+            before = features.stats.bytes
+            features.shrink(max(0, before - excess))
+            excess -= before - features.stats.bytes
+            if excess > 0 and prefix is not None:
+                prefix.shrink(max(0, prefix.stats.bytes - excess))
+        return True
+
+    def _begin(self, job: Job) -> None:
+        layers = None
+        if self.prefix is not None:
+            match = self.prefix.match(job.key)
+            job.cached = match.length
+            if match.length:
+                bits = self.limits.kv_bits
+                layers = [kv_cache.layer_from_rows(rows, bits) for rows in match.layers]
+        if layers is None:
+            layers = kv_cache.new_layers(self.model.config.text, self.limits.kv_bits)
+        job.prefill = Prefill(self.model, job.request.prompt, layers, job.cached)
+        job.handle.phase = "prefilling"
+        self.reader.add(job)
+
+    # Prefilling -> running
+
+    def _read_prompts(self) -> None:
+        """Queue about as many tokens of prompts as the running rows may wait for."""
+        alone = not self.batch.rows
+        budget = self.limits.prefill_chunk if alone else self.limits.interleave
+        done: list[tuple[Job, Drawn]] = []
+        while budget > 0 and (job := self.reader.next()) is not None:
+            with self._isolated(job):
+                budget -= self.reader.advance(job, budget, wait=alone)
+                if job.prefill is not None and job.prefill.hidden is not None:
+                    done.append((job, self._first_token(job, job.prefill.hidden)))
+        if done:
+            self._join(done)
+
+    def _first_token(self, job: Job, last: mx.array) -> Drawn:
+        """Draw a row's first token from its prompt's last hidden state (1, hidden_size)."""
+        row = job.start(self.model.config.text.vocab_size, self.compiler)
+        drawn = draw_rows(self.model.language_model.logits(last), [row])
+        self._remember(job)
+        return drawn
+
+    def _join(self, done: Iterable[tuple[Job, Drawn]]) -> None:
+        rows, layers, drawn = [], [], []
+        for job, first in done:
+            assert job.row is not None
+            assert job.prefill is not None
+            self.reader.remove(job)
+            job.handle.phase = "running"
+            self.running[id(job.row)] = job
+            drawn.append(first)
+            if job.row.drawn < job.row.max_tokens:
+                rows.append(job.row)
+                layers.append(job.prefill.layers)
+            job.prefill = None
+        self.batch.join(rows, layers, drawn)
+
+    # Running
+
+    def _decode(self) -> None:
+        """Queue every row's next token, then read the ones queued before."""
+        batch, before = self.batch, self.batch.unread
+        assert before is not None
+        self._let_go([row for row in batch.rows if row.drawn >= row.max_tokens])
+        logits: mx.array | None = None
+        waits = any(row.waits_for_host for row in batch.rows)
+        if batch.rows:
+            logits = batch.forward()
+            if not waits:
+                batch.unread = draw_rows(logits, batch.rows)
+        if logits is None or waits:
+            batch.unread = None
+        if logits is not None and waits:
+            mx.async_eval(logits)
+        rows = list(batch.rows)
+        self._read(before)
+        if logits is not None and waits and batch.rows:
+            kept = [i for i, row in enumerate(rows) if any(row is other for other in batch.rows)]
+            if len(kept) < len(rows):
+                logits = logits[mx.array(kept)]
+            batch.unread = draw_rows(logits, batch.rows)
+
+    def _read(self, drawn: Drawn) -> None:
+        values: list[int] = drawn.tokens.tolist()  # type: ignore[assignment]
+        for row, token, arrays in zip(drawn.rows, values, drawn.logprobs, strict=True):
+            job = self.running.get(id(row))
+            if job is None:
+                continue  # it ended while this token was on its way
+            with self._isolated(job):
+                logprob = None if arrays is None else to_host(arrays, token, self.tokenizer)
+                reason = job.take(token, logprob)
+                if reason is None and row.length > job.reserved_length and not self._grow(job):
+                    reason = "length"
+                if reason is not None:
+                    self._finish(job, reason)
+
+    def _grow(self, job: Job) -> bool:
+        """Reserve room for more tokens than were predicted for a request without max_tokens."""
+        more = job.grown(self.admission)
+        if not self._make_room(more, job):
+            return False
+        job.cost = more
+        return True
+
+    def _let_go(self, rows: Iterable[Decoding]) -> None:
+        """Take rows out of the batch that have no more to draw."""
+        gone = list(rows)
+        for row in gone:
+            self._remember(self.running[id(row)])
+        self.batch.keep([row for row in self.batch.rows if row not in gone])
+
+    def _remember(self, job: Job) -> None:
+        """Put what a job has computed into the prefix cache."""
+        if self.prefix is None:
+            return
+        if job.prefill is not None:
+            if job.prefill.done > job.cached:
+                layers = [kv_cache.layer_rows(layer) for layer in job.prefill.layers]
+                self.prefix.insert(job.key, layers)
+        elif job.row is not None and job.row in self.batch.rows:
+            # Fed tokens are all read, but for one that a row leaving early may have on its way.
+            key = job.key_with(job.row.tokens)
+            self.prefix.insert(key, self.batch.rows_of(job.row, min(job.row.length, len(key))))
+
+    # The end
+
+    def _finish(self, job: Job, reason: FinishReason) -> None:
+        chunks = job.end(reason)
+        self.counts.finished += 1
+        self._forget(job)
+        for chunk in chunks:
+            job.handle.put(chunk)
+
+    def _fail(self, job: Job, error: BaseException) -> None:
+        self.counts.failed += 1
+        self._forget(job, keep=False)
+        job.handle.put(error)
+
+    @contextmanager
+    def _isolated(self, *jobs: Job) -> Iterator[None]:
+        """What goes wrong inside ends these requests, and no other."""
+        try:
+            yield
+        except Exception as error:  # noqa: BLE001
+            for job in jobs:
+                self._fail(job, error)
+
+    def _forget(self, job: Job, *, keep: bool = True) -> None:
+        """Drop all that holds the job; keep what it computed in the prefix cache."""
+        if keep:
+            self._remember(job)
+        if job in self.waiting:
+            self.waiting.remove(job)
+        if job in self.reader.jobs:
+            self.reader.remove(job)
+        if job.row is not None:
+            self.batch.keep([row for row in self.batch.rows if row is not job.row])
+            self.running.pop(id(job.row), None)
+
+
+def _shared(a: Key, b: Key) -> int:
+    """Tokens with which both begin."""
+    count = min(len(a), len(b))
+    differing = np.flatnonzero(a.values[:count] != b.values[:count])
+    return int(differing[0]) if len(differing) else count
