@@ -8,16 +8,24 @@ import os
 import stat
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from qwen3vl_mlx import cli
 
 if TYPE_CHECKING:
+    from qwen3vl_mlx.engine.engine import EngineOptions
     from qwen3vl_mlx.engine.output import Chunk, Usage
 
 DEFAULT_PROMPT = "Describe the image."
 DEFAULT_PROMPT_SEVERAL = "Describe the images."
+
+_NOTES = {
+    "timeout": "the answer was cut off by --timeout",
+    "repetition": "the answer was cut off because it repeated itself",
+    "constraint": "the answer ended where it could not follow the grammar any more",
+}
 
 _EPILOG = """examples:
   python -m qwen3vl_mlx.generate --image photo.jpg
@@ -77,6 +85,8 @@ def parser(prog: str) -> argparse.ArgumentParser:
         "--number-images", action="store_true", help='write "Picture N:" before each image'
     )
     _add_sampling(p.add_argument_group("sampling (defaults: the checkpoint's)"))
+    _add_form(p.add_argument_group("form of the answer (JSON and grammars hold to the letter)"))
+    _add_engine(p.add_argument_group("speed and memory"))
     return p
 
 
@@ -93,6 +103,33 @@ def _add_sampling(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--presence-penalty", type=float, metavar="X", help="over the answer")
     group.add_argument("--stop", action="append", metavar="TEXT", help="end before TEXT; repeat")
     group.add_argument("--seed", type=int, metavar="N", help="the same seed, the same answer")
+
+
+def _add_form(group: argparse._ArgumentGroup) -> None:
+    which = group.add_mutually_exclusive_group()
+    which.add_argument("--schema", metavar="JSON", help="JSON schema: a file, or the schema itself")
+    which.add_argument("--json-object", action="store_true", help="any JSON object")
+    which.add_argument("--regex", metavar="REGEX", help="a regular expression")
+    which.add_argument("--lark", metavar="FILE", help="a Lark grammar")
+    group.add_argument(
+        "--thinking-budget", type=int, metavar="N", help="close the thought after N tokens"
+    )
+    group.add_argument(
+        "--loop-guard", action="store_true", help="end an answer that repeats itself for ever"
+    )
+    group.add_argument(
+        "--top-logprobs", type=int, metavar="K", help="with --json: K likeliest tokens per step"
+    )
+
+
+def _add_engine(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--cache-folder",
+        metavar="DIR",
+        help="keep what was read here: the next question about a picture starts at once",
+    )
+    group.add_argument("--kv-bits", type=int, choices=(4, 8), help="keys and values in fewer bits")
+    group.add_argument("--timeout", type=float, metavar="S", help="end the answer after S seconds")
 
 
 def main(argv: Sequence[str] | None = None, prog: str = "python -m qwen3vl_mlx.generate") -> int:
@@ -126,13 +163,18 @@ def answer(args: argparse.Namespace) -> None:
         "presence_penalty": args.presence_penalty,
         "stop": args.stop,
         "seed": args.seed,
+        "thinking_budget": args.thinking_budget,
+        "top_logprobs": args.top_logprobs,
+        "logprobs": None if args.top_logprobs is None else True,
     }
     SamplingParams().updated(sampling)  # before the weights too
+    form = answer_form(args)
     model = load(
         args.model,
         quantize=args.quantize,
         topology=args.topology,
         revision=args.revision,
+        engine=engine_options(args),
         progress=True,
     )
     system = [{"role": "system", "content": args.system}] if args.system is not None else []
@@ -141,6 +183,9 @@ def answer(args: argparse.Namespace) -> None:
         min_pixels=args.min_pixels,
         max_pixels="full" if args.full_resolution else args.max_pixels,
         add_vision_id=args.number_images,
+        timeout=args.timeout,
+        params=replace(model.default_params, loop_guard=args.loop_guard),
+        **form,
         **sampling,
     )
     printer = Printer(args)
@@ -149,6 +194,45 @@ def answer(args: argparse.Namespace) -> None:
             printer.show(chunk)
     finally:
         printer.erase_note()
+
+
+def engine_options(args: argparse.Namespace) -> EngineOptions:
+    """One answer needs no cache in memory, unless the next command is to find it on disk."""
+    from qwen3vl_mlx.engine.engine import EngineOptions
+
+    folder = None if args.cache_folder is None else Path(args.cache_folder).expanduser()
+    options = EngineOptions(kv_bits=args.kv_bits, feature_cache_bytes=0, cache_folder=folder)
+    return options if folder is not None else replace(options, prefix_cache_bytes=0)
+
+
+def answer_form(args: argparse.Namespace) -> dict[str, Any]:
+    """What the options ask of the answer's text, as `Qwen3VL.stream` takes it."""
+    from qwen3vl_mlx.engine.grammar import parse_grammar
+
+    response_format: dict[str, Any] | None = None
+    grammar: dict[str, Any] | None = None
+    if args.schema is not None:
+        is_file = not args.schema.lstrip().startswith("{")
+        text = read_text("--schema", args.schema) if is_file else args.schema
+        grammar = {"type": "json_schema", "value": text}
+    elif args.json_object:
+        response_format = {"type": "json_object"}
+    elif args.regex is not None:
+        grammar = {"type": "regex", "value": args.regex}
+    elif args.lark is not None:
+        grammar = {"type": "lark", "value": read_text("--lark", args.lark)}
+    parse_grammar(response_format, grammar)  # before the weights
+    return {"response_format": response_format, "grammar": grammar}
+
+
+def read_text(option: str, name: str) -> str:
+    """A text file's content. Raises InputError naming the option."""
+    from qwen3vl_mlx.errors import InputError
+
+    try:
+        return Path(name).expanduser().read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{option}: {name} cannot be read: {error}") from error
 
 
 def read_prompt(given: str | None, num_images: int) -> str:
@@ -226,6 +310,8 @@ class Printer:
                 f"({last.finish_reason}); raise --max-tokens",
                 file=sys.stderr,
             )
+        if last.finish_reason in _NOTES:
+            print(f"note: {_NOTES[last.finish_reason]}", file=sys.stderr)
         if self.verbose and last.usage is not None:
             print(f"\n{statistics(last.usage)}", file=sys.stderr)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,8 @@ import pytest
 from PIL.Image import Image
 
 from qwen3vl_mlx.api import Qwen3VL
-from qwen3vl_mlx.engine import answer as engine_answer
+from qwen3vl_mlx.engine import batch
+from qwen3vl_mlx.engine.sampling import Row, SamplerState
 
 SCENES = Path(__file__).parent / "data" / "demo"
 QUESTION = "Describe the image."
@@ -31,11 +33,9 @@ def script(monkeypatch: pytest.MonkeyPatch, model: Qwen3VL, text: str) -> None:
     """Make the model say `text`: the tokens are forced, all else runs as ever."""
     tokens = model.processor.tokenizer.encode(text + "<|im_end|>")
 
-    class Scripted:
-        def __init__(self, *_: Any) -> None:
-            self.waiting = iter([*tokens, tokens[-1]])
+    def scripted(_: mx.array, rows: Sequence[Row]) -> tuple[mx.array, list[SamplerState]]:
+        said = [tokens[min(row.state.step, len(tokens) - 1)] for row in rows]
+        after = [row.sampler.after(row.state, t) for row, t in zip(rows, said, strict=True)]
+        return mx.array(said, mx.int32), after
 
-        def __call__(self, logits: mx.array) -> mx.array:
-            return mx.array([next(self.waiting)])
-
-    monkeypatch.setattr(engine_answer, "Sampler", Scripted)
+    monkeypatch.setattr(batch, "draw", scripted)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
@@ -12,12 +11,8 @@ from typing import Any
 import pytest
 
 from qwen3vl_mlx import Qwen3VL
-from qwen3vl_mlx.conversation import as_messages
 from qwen3vl_mlx.demo import EXAMPLE
 from qwen3vl_mlx.demo.scenes import is_correct, make_scene, questions
-from qwen3vl_mlx.engine.answer import answer
-from qwen3vl_mlx.engine.output import collect
-from qwen3vl_mlx.engine.sampling import SamplingParams
 
 DATA = Path(__file__).parent / "data"
 DRAWN: list[dict[str, Any]] = json.loads((DATA / "demo_scenes_transformers.json").read_text())
@@ -28,14 +23,10 @@ Ask = Callable[[str, Any], str]
 
 @pytest.fixture(scope="module")
 def ask(demo: Qwen3VL) -> Ask:
-    """`ask(question, image)`, greedily. Questions share one cache: a picture is seen once."""
-    state = demo.new_state()
-    params = SamplingParams(temperature=0, max_tokens=200)
+    """`ask(question, image)`, greedily. Questions share a cache: a picture is seen once."""
 
     def asked(question: str, image: Any) -> str:
-        prompt = demo.processor.prompt(as_messages(question, [image], ()))
-        request = demo.request(prompt, params, tools=False, started=time.perf_counter())
-        return collect(answer(demo.model, demo.processor.tokenizer, request, state)).text
+        return demo.generate(question, images=[image], temperature=0, max_tokens=200).text
 
     return asked
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import Any, TypeAlias
+from unittest.mock import Mock
 
 import mlx.core as mx
 import numpy as np
@@ -206,7 +207,11 @@ def test_quantization_changes_the_answer_a_little(models: Models, bits: int) -> 
 @pytest.mark.parametrize("bits", [8, 4])
 @pytest.mark.parametrize("queries", [1, 8, 9, 20])
 @pytest.mark.parametrize("masked", ["causal", "array"])
-def test_packed_and_unpacked_attention_agree(bits: int, queries: int, masked: str) -> None:
+def test_packed_and_unpacked_attention_agree(
+    bits: int, queries: int, masked: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    packed_product = Mock(wraps=text.quantized_scaled_dot_product_attention)
+    monkeypatch.setattr(text, "quantized_scaled_dot_product_attention", packed_product)
     rng = np.random.RandomState(queries)
     q = mx.array(rng.standard_normal((2, 4, queries, 64)).astype(np.float32))
     keys, values = (
@@ -226,6 +231,7 @@ def test_packed_and_unpacked_attention_agree(bits: int, queries: int, masked: st
     expected = np.einsum("bhlk,bhkd->bhld", weights, np.repeat(np.array(whole[1]), 2, axis=1))
     out = text.attend(q, packed[:3], packed[3:], 1 / 8, mask)
     np.testing.assert_allclose(np.array(out), expected, atol=1e-4)
+    assert packed_product.called == (queries <= 8)  # a prompt's chunk goes to the fused kernel
 
 
 @pytest.mark.parametrize(("bits", "share"), [(8, 0.54), (4, 0.29)])
@@ -428,6 +434,20 @@ def test_what_was_handed_in_stays_as_it_is(bits: int | None, way: str) -> None:
     layer.update_and_fetch(new, new)
     mx.eval(kv_cache.arrays([layer]))
     assert all(np.array_equal(a, b) for a, b in zip(given, before, strict=True))
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_a_merged_row_is_left_as_it_is(bits: int | None) -> None:
+    x = vectors(np.random.RandomState(0), 1, 300)
+    row = row_layer(bits, x, x)
+    before = [np.array(a) for a in kv_cache.layer_rows(row)]
+    batch = kv_cache.merge([row])
+    batch.trim(200)
+    batch.update_and_fetch(-x, -x)
+    mx.eval(kv_cache.arrays([batch]))
+    after = kv_cache.layer_rows(row)
+    assert all(np.array_equal(a, b) for a, b in zip(after, before, strict=True))
+    assert {a.shape[2] for a in after} == {300}  # no slot that is not filled yet
 
 
 def test_an_empty_row_cannot_join() -> None:

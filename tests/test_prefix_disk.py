@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-import mlx.nn as nn
 import pytest
 import tiny
 from hypothesis import HealthCheck, given, settings
@@ -507,8 +506,6 @@ def test_a_fingerprint_tells_models_apart(tmp_path: Path) -> None:
     seen.append(fingerprint(model, None))
     proj = model.vision_tower.blocks[0].attn.qkv
     proj.weight = proj.weight[::-1]
-    seen.append(fingerprint(model, None))
-    nn.quantize(model.language_model, group_size=16, bits=4)
     seen.append(fingerprint(model, None))
     model.set_dtype(mx.bfloat16)
     seen.append(fingerprint(model, None))

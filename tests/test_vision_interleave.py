@@ -237,3 +237,36 @@ def test_features_hold_no_more_than_their_own_bytes(model: Qwen3VL, tower: Visio
     del encoding
     mx.synchronize()
     assert mx.get_active_memory() - before <= 1.05 * kept.nbytes
+
+
+def test_a_video_in_parts_keeps_the_order_of_its_frames(
+    tower: VisionModel, media: list[VisualInput]
+) -> None:
+    """The last part is the shortest here, and shorter grids are encoded first."""
+    whole = arrays(encode(tower, [media[2]]))
+    with passes_of(32):
+        parts = arrays(encode(tower, [media[2]]))
+    for got, expected in zip(parts, whole, strict=True):
+        assert np.abs(got - expected).max() <= 1e-5 * np.abs(expected).max()
+
+
+def test_every_step_queues_what_it_built(
+    tower: VisionModel, media: list[VisualInput], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Left lazy, all the work would fall into the last step."""
+    queued: list[int] = []
+    queue = mx.async_eval
+
+    def recorded(*given: mx.array) -> None:
+        queued.append(len(given))
+        queue(*given)
+
+    monkeypatch.setattr(mx, "async_eval", recorded)
+    encoding = Encoding(tower, [media[0]])
+    steps = 1
+    while not encoding.step(1):
+        steps += 1
+    levels = len(tower.config.deepstack_visual_indexes)
+    assert len(queued) == steps > 1
+    assert queued == sorted(queued)
+    assert (queued[0], queued[-1]) == (2, 1 + levels)  # a block and its DeepStack; all features

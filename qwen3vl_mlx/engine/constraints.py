@@ -108,14 +108,14 @@ class Guide:
         return found
 
     def accepts(self, tokens: Sequence[int]) -> int:
-        """How many of `tokens` could be consumed in order; the state stays."""
+        """How many of `tokens`, in order, the masks allow; the state stays."""
         branch = self.fork()
         for count, token in enumerate(tokens):
-            if branch.part == "done":
+            bits = branch.mask()
+            allowed = bits is None or int(bits[token // 32]) >> (token % 32) & 1
+            if branch.part == "done" or not allowed:
                 return count
             branch.consume(token)
-            if branch.failure is not None:
-                return count
         return len(tokens)
 
     def consume(self, token: int) -> None:

@@ -177,8 +177,9 @@ class Sampler:
 
     def start(self) -> SamplerState:
         """The state before the first draw. Any thread: from numpy, as MLX's own zeros are lazy."""
-        zeros = np.zeros(self.vocab_size, np.float32)
-        return SamplerState(0, mx.array(zeros) if self._counts_output else None)
+        if not self._counts_output:
+            return SamplerState(0, None)
+        return SamplerState(0, mx.array(np.zeros(self.vocab_size, np.float32)))
 
     def after(self, state: SamplerState, token: mx.array | int) -> SamplerState:
         """The state once `token`, a number or an array of one, is drawn."""
@@ -300,7 +301,7 @@ def _draw_group(logits: mx.array, rows: Sequence[Row], top_k: int, ordered: bool
     logits = logits - logits.max(axis=-1, keepdims=True)
     keep = logits >= _column([math.log(p.min_p) if p.min_p else -math.inf for p in params])
     if ordered:
-        keep = keep & _nucleus(logits, _column([p.top_p for p in params]))
+        keep = keep & nucleus(logits, _column([p.top_p for p in params]))
     logits = mx.where(keep, logits, -mx.inf)
     keys = mx.array([row.sampler.key(row.state) for row in rows], mx.uint32)  # (G, 2)
     width = logits.shape[-1]
@@ -309,7 +310,7 @@ def _draw_group(logits: mx.array, rows: Sequence[Row], top_k: int, ordered: bool
     return choice if ids is None else mx.take_along_axis(ids, choice[:, None], axis=-1)[:, 0]
 
 
-def _nucleus(logits: mx.array, top_p: mx.array) -> mx.array:
+def nucleus(logits: mx.array, top_p: mx.array) -> mx.array:
     """Of logits (G, n), largest first, those with less than top_p (G, 1) of the mass above."""
     weights = mx.exp(logits)
     above = mx.cumsum(weights, axis=-1, inclusive=False)
