@@ -7,9 +7,18 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from qwen3vl_mlx.api import Qwen3VL, load
     from qwen3vl_mlx.conversation import Chat
+    from qwen3vl_mlx.engine.engine import EngineOptions
     from qwen3vl_mlx.engine.output import Chunk, Completion, ToolCall, Usage
+    from qwen3vl_mlx.engine.request import Stream
     from qwen3vl_mlx.engine.sampling import SamplingParams
-    from qwen3vl_mlx.errors import CheckpointError, HubError, InputError, Qwen3VLError
+    from qwen3vl_mlx.errors import (
+        CheckpointError,
+        EngineClosedError,
+        HubError,
+        InputError,
+        QueueFullError,
+        Qwen3VLError,
+    )
     from qwen3vl_mlx.processing.video import Video
 
 __version__ = "0.1.0"
@@ -19,11 +28,15 @@ _EXPORTS = {
     "CheckpointError": "errors",
     "Chunk": "engine.output",
     "Completion": "engine.output",
+    "EngineClosedError": "errors",
+    "EngineOptions": "engine.engine",
     "HubError": "errors",
     "InputError": "errors",
+    "QueueFullError": "errors",
     "Qwen3VL": "api",
     "Qwen3VLError": "errors",
     "SamplingParams": "engine.sampling",
+    "Stream": "engine.request",
     "ToolCall": "engine.output",
     "Usage": "engine.output",
     "Video": "processing.video",
@@ -34,11 +47,15 @@ __all__ = [
     "CheckpointError",
     "Chunk",
     "Completion",
+    "EngineClosedError",
+    "EngineOptions",
     "HubError",
     "InputError",
+    "QueueFullError",
     "Qwen3VL",
     "Qwen3VLError",
     "SamplingParams",
+    "Stream",
     "ToolCall",
     "Usage",
     "Video",

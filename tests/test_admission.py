@@ -122,8 +122,8 @@ def encoded(model: Model, tokens: int) -> object:
         (Demand(1000, 30), 8),
         (Demand(40, 300), None),
         (Demand(40, 300), 4),
-        (Demand(300, 10, (256,)), None),
-        (Demand(450, 10, (400,)), 8),
+        (Demand(300, 10, (196,)), None),
+        (Demand(450, 10, (256,)), 8),
     ],
 )
 def test_measured(
@@ -228,6 +228,26 @@ def test_room_only_grows_with_the_limit_and_shrinks_with_company(
     assert together >= max(cost.total for cost in (first, *others)) > 0
     assert tight.together([first]) == first.total
     assert tight.together([]) == 0
+
+
+def test_a_picture_is_encoded_while_another_prompt_is_read() -> None:
+    admission = real(SMALL)
+    seeing, reading = (
+        admission.estimate(Demand(3000, 100, (2560,))),
+        admission.estimate(Demand(3000, 100)),
+    )
+    both = admission.together([seeing, reading])
+    assert both - 2 * (seeing.cache + seeing.growth + seeing.decode) - seeing.features == (
+        seeing.vision + reading.prefill
+    )
+
+
+def test_a_row_that_answers_needs_its_cache_alone() -> None:
+    admission = real(SMALL)
+    cost = admission.estimate(Demand(3000, 100, (2560,)))
+    assert cost.answering.total == cost.cache + cost.growth + cost.decode
+    other = admission.estimate(Demand(30, 10))
+    assert admission.together([other, cost.answering]) < admission.together([other, cost])
 
 
 def test_a_batch_is_as_wide_as_its_longest_row() -> None:

@@ -113,6 +113,11 @@ class Cost:
         return self.growth + max(self.vision, self.prefill)
 
     @property
+    def answering(self) -> Cost:
+        """The same from when the prompt is read."""
+        return replace(self, features=0, vision=0, prefill=0)
+
+    @property
     def total(self) -> int:
         return self.cache + self.features + self.decode + self.working
 
@@ -197,7 +202,8 @@ class Admission:
     def together(self, costs: Iterable[Cost]) -> int:
         """Bytes several requests may come to use at once.
 
-        Rows of a batch have as many slots as the longest. Only one prompt is read at a time.
+        Rows of a batch have as many slots as the longest. One prompt is read at a time, and the
+        pictures of one other encoded.
         """
         costs = list(costs)
         if not costs:
@@ -205,7 +211,8 @@ class Admission:
         longest = max(costs, key=lambda cost: cost.cache)
         batch = len(costs) * (longest.cache + longest.growth)
         own = sum(cost.features + cost.decode for cost in costs)
-        return batch + own + max(max(cost.vision, cost.prefill) for cost in costs)
+        passes = [max(cost.vision for cost in costs), max(cost.prefill for cost in costs)]
+        return batch + own + (max(passes) if len(costs) == 1 else sum(passes))
 
     def fits(self, cost: Cost, others: Iterable[Cost] = (), kept: int = 0) -> bool:
         """Whether a request fits beside others and `kept` bytes of caches."""

@@ -232,7 +232,7 @@ class DiskTier:
         else:
             with self._lock:
                 if name in self._index.entries:
-                    self._index.entries[name].written = True
+                    self._index.mark_written(name)
             self._touch([*chain, name])
             self._count(writes=1)
         finally:
@@ -361,6 +361,4 @@ class DiskTier:
     @property
     def stats(self) -> DiskStats:
         with self._lock:
-            written = [entry for entry in self._index.entries.values() if entry.written]
-            nbytes = sum(entry.nbytes for entry in written)
-            return DiskStats(len(written), nbytes, **vars(self._counts))
+            return DiskStats(self._index.written, self._index.nbytes, **vars(self._counts))

@@ -14,7 +14,6 @@ from qwen3vl_mlx.engine.radix import Node, Values, add, remove, split, walk
 class FileEntry:
     """A file: written, or about to be."""
 
-    name: str
     head: Head
     nbytes: int
     end: Node[frozenset[str]]  # of the index, where its last token is
@@ -29,18 +28,30 @@ class FileIndex:
         default_factory=lambda: Node(np.zeros((0,), np.int64), frozenset(), None)
     )
     entries: dict[str, FileEntry] = field(default_factory=dict)
+    written: int = 0  # files, and their bytes
+    nbytes: int = 0
 
     def insert(self, name: str, head: Head, nbytes: int, *, written: bool) -> None:
         end = self._cut(head.values)
         self._cut(head.values[: head.start])
-        self.entries[name] = FileEntry(name, head, nbytes, end, written)
-        for node in self._covered(self.entries[name]):
+        entry = self.entries[name] = FileEntry(head, nbytes, end, False)
+        for node in self._covered(entry):
             node.data |= {name}
+        if written:
+            self.mark_written(name)
+
+    def mark_written(self, name: str) -> None:
+        entry = self.entries[name]
+        entry.written = True
+        self.written += 1
+        self.nbytes += entry.nbytes
 
     def discard(self, name: str) -> None:
         entry = self.entries.pop(name, None)
         if entry is None:
             return
+        self.written -= entry.written
+        self.nbytes -= entry.nbytes * entry.written
         for node in self._covered(entry):
             node.data -= {name}
         node = entry.end
