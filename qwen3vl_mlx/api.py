@@ -30,6 +30,7 @@ from qwen3vl_mlx.engine.engine import Engine, EngineOptions
 from qwen3vl_mlx.engine.grammar import Grammar, parse_grammar
 from qwen3vl_mlx.engine.memory import wire_memory
 from qwen3vl_mlx.engine.output import Completion, collect
+from qwen3vl_mlx.engine.penalties import breaker_tokens
 from qwen3vl_mlx.engine.request import Request, Stream
 from qwen3vl_mlx.engine.sampling import SamplingParams, default_params
 from qwen3vl_mlx.engine.state import CacheState
@@ -105,6 +106,7 @@ class Qwen3VL:
         self.compiler = GrammarCompiler(
             processor.tokenizer, model.config.text.vocab_size, self.eos_token_ids
         )
+        self._known_breakers: dict[tuple[str, ...], frozenset[int]] = {}
         self.engine = self._new_engine(options or EngineOptions())
 
     def _new_engine(self, options: EngineOptions) -> Engine:
@@ -368,7 +370,17 @@ class Qwen3VL:
             preparation_sec=time.perf_counter() - started,
             grammar=grammar,
             timeout=timeout,
+            breakers=self._breakers(params),
         )
+
+    def _breakers(self, params: SamplingParams) -> frozenset[int]:
+        """DRY's breakers as tokens; the vocabulary is read once for each set of texts."""
+        texts = params.dry_sequence_breakers
+        if not params.dry_multiplier:
+            return frozenset()
+        if texts not in self._known_breakers:
+            self._known_breakers[texts] = breaker_tokens(self.processor.tokenizer, texts)
+        return self._known_breakers[texts]
 
     def _room(self, prompt: Prompt) -> int:
         """Tokens the answer may have. Raises PromptError for a prompt that fills the context."""

@@ -26,11 +26,12 @@ from qwen3vl_mlx.engine.admission import (
     memory_limit,
     weights_bytes,
 )
+from qwen3vl_mlx.engine.sampling import Row, Sampler, SamplingParams, draw
 from qwen3vl_mlx.errors import InputError
 from qwen3vl_mlx.loading import load_model
 from qwen3vl_mlx.models.config import parse_config
 from qwen3vl_mlx.models.qwen3_vl import Model
-from qwen3vl_mlx.models.vision import normalize_patches, vision_tables
+from qwen3vl_mlx.models.vision import VisionFeatures, normalize_patches, vision_tables
 from qwen3vl_mlx.processing.image import VisualInput
 from qwen3vl_mlx.processing.prompt import Prompt
 from qwen3vl_mlx.quant.plan import parse_memory
@@ -107,7 +108,7 @@ def measure(model: Model, demand: Demand, kv_bits: int | None) -> Peaks:
     return Peaks(vision, prefill, mx.get_peak_memory() - before)
 
 
-def encoded(model: Model, tokens: int) -> object:
+def encoded(model: Model, tokens: int) -> VisionFeatures:
     side = 2 * round(tokens**0.5)
     raw = mx.zeros((side * side, 3 * 16 * 16), mx.uint8)
     patches = normalize_patches(raw, [0.5] * 3, [0.5] * 3, mx.float32)
@@ -141,6 +142,22 @@ def test_measured(
     assert most <= cost.total <= FACTOR * most
 
 
+def test_draws_are_measured() -> None:
+    size, rows = real(SMALL).config.text.vocab_size, 3
+    params = SamplingParams(
+        temperature=0.7, top_p=0.8, top_k=20, min_p=0.01, presence_penalty=1.5, frequency_penalty=1
+    )
+    samplers = [Sampler(params, np.arange(50, dtype=np.int32), size, frozenset())] * rows
+    mx.reset_peak_memory()
+    before = mx.get_active_memory()
+    logits = mx.random.normal((rows, size))
+    mx.eval(logits)
+    mx.eval(draw(logits, [Row(sampler, sampler.start(), None, None) for sampler in samplers])[0])
+    peak = mx.get_peak_memory() - before
+    decode = rows * real(SMALL).estimate(Demand(1, 1)).decode
+    assert peak <= decode <= FACTOR * peak
+
+
 def test_weights_are_all_parameters(models: Callable[[str], Model]) -> None:
     model = models("moe")
     expected = sum(4 * int(np.prod(s)) for s in tiny.hub_shapes(tiny.tiny_config("moe")).values())
@@ -160,6 +177,15 @@ def test_keys_and_values_are_counted_exactly(
     admission = Admission.for_model(model, GIB, kv_bits)
     per_step = kv_cache.nbytes(layers) // 2  # 512 slots
     assert admission.estimate(Demand(380, 20)).cache == 3 * per_step  # and one begun in the middle
+
+
+def test_features_are_counted_exactly(models: Callable[[str], Model]) -> None:
+    model = models("moe")
+    held = encoded(model, 64)
+    expected = held.embeds.nbytes + sum(x.nbytes for x in held.deepstack)
+    admission = Admission.for_model(model, GIB)
+    assert admission.estimate(Demand(80, 1, (64,))).features == expected
+    assert admission.estimate(Demand(80, 1, (), ((4, 16),))).features == expected
 
 
 # What rises with what.

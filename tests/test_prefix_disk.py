@@ -213,6 +213,7 @@ DAMAGE: dict[str, Callable[[bytes], bytes]] = {
     "a giant header": lambda data: b"\xff" * 8 + data[8:],
     "a wrong row": lambda data: data[:-1] + bytes([data[-1] ^ 1]),
     "another type": lambda data: data.replace(b"float32", b"float64"),
+    "another known type": lambda data: data.replace(b'float32\\"', b'uint32\\" '),
     "another format": lambda data: data.replace(b"-prefix-1", b"-prefix-2"),
     "another model": lambda data: data.replace(b'"model"', b'"modem"'),
     "another start": lambda data: data.replace(b'"start":"0"', b'"start":"1"'),
@@ -432,7 +433,15 @@ def test_least_recently_used_files_go_first(disk: Disk) -> None:
 
 
 @pytest.mark.parametrize("used", ["written", "read"])
-def test_a_prefix_outlives_what_continues_it(disk: Disk, used: str) -> None:
+def test_a_prefix_outlives_what_continues_it(
+    disk: Disk, used: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def slowly(*args: Any) -> None:
+        time.sleep(0.02)
+        write_file(*args)
+
+    write_file = prefix_file.write_file
+    monkeypatch.setattr(prefix_file, "write_file", slowly)
     base: list[Part] = [*range(60)]
     longer = [*base, *range(60)]
     disk.filled(base)
@@ -443,6 +452,24 @@ def test_a_prefix_outlives_what_continues_it(disk: Disk, used: str) -> None:
     cache = disk.filled([99, *range(60)], budget=2 * size + 2500)
     assert found(disk(), [*longer, 1]) == 60
     assert disk_stats(cache).evictions == 1
+
+
+def test_a_prefix_makes_no_room_for_what_continues_it(disk: Disk) -> None:
+    base: list[Part] = [*range(60)]
+    disk.filled(base)
+    disk.filled([99, *range(60)])
+    size = disk.files()[0].stat().st_size
+    disk.filled(base, [*base, *range(60)], budget=2 * size + 2500)
+    assert found(disk(), [*base, *range(60), 1]) == 120
+
+
+def test_what_does_not_fit_beside_its_prefix_is_not_written(disk: Disk) -> None:
+    base: list[Part] = [*range(500)]
+    disk.filled(base)
+    size = disk.files()[0].stat().st_size
+    cache = disk.filled(base, [*base, *range(500)], budget=size + size // 2)
+    assert disk_stats(cache).skipped == 1
+    assert found(disk(), [*base, 1]) == 500
 
 
 @pytest.mark.parametrize("budget", [0, 100, 20_000])

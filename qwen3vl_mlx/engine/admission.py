@@ -32,6 +32,7 @@ RESERVE = 2**29  # MLX's kernels and kept buffers, the program itself
 UNBOUNDED_TOKENS = 4096  # reserved at first for an answer without a max_tokens of its own
 _SHORT_ANSWER = 256  # offered where no single change is enough
 _LEAST_IMAGE = 64  # visual tokens of the smallest image that is worth offering
+_DRAW_BYTES = 40  # per entry of the vocabulary: logits, weighed, sorted, counted, chosen from
 _GROWING = 2  # layers held twice while their slots grow: old ones are freed a little late
 _SCORE_COPIES = 2  # scores and their exponentials, where no fused kernel attends
 
@@ -193,7 +194,7 @@ class Admission:
             demand,
             cache,
             feature_bytes(vision, demand.visual_tokens, self.itemsize),
-            24 * text.vocab_size + _SCORE_COPIES * text.num_attention_heads * 4 * slots,
+            _DRAW_BYTES * text.vocab_size + _SCORE_COPIES * text.num_attention_heads * 4 * slots,
             self._vision_bytes(demand),
             prefill,
             -(-_GROWING * cache // text.num_hidden_layers),

@@ -1,4 +1,5 @@
-"""The rows that are decoding: one pass of the decoder gives each of them its next token.
+"""The rows that are decoding: one pass of the decoder gives each of them its next token, or, where
+a draft is verified, as many as were guessed right and one more.
 
 Nothing here waits for the device but `read`, once per step for the whole batch.
 """
@@ -7,7 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence as Rows
 from dataclasses import dataclass, field
-from typing import Any
+from itertools import takewhile
+from typing import Any, TypeAlias
 
 import mlx.core as mx
 import numpy as np
@@ -17,6 +19,9 @@ from qwen3vl_mlx.engine.constraints import Guide, expand
 from qwen3vl_mlx.engine.logprobs import LogprobArrays, chosen_logprobs
 from qwen3vl_mlx.engine.sampling import Row, Sampler, SamplerState, draw
 from qwen3vl_mlx.models.qwen3_vl import Model
+
+
+Draft: TypeAlias = "tuple[int, ...]"
 
 
 @dataclass(eq=False)
@@ -29,8 +34,9 @@ class Decoding:
     rope_delta: int
     max_tokens: int
     top_logprobs: int | None  # None: no logprobs are wanted
-    length: int  # tokens in the cache
-    drawn: int = 0  # tokens drawn so far, read or not
+    length: int  # tokens in the cache, drafted ones not counted
+    end_tokens: frozenset[int] = frozenset()  # drafts end with these
+    drawn: int = 0  # tokens drawn so far, read or not; of a draft one
     tokens: list[int] = field(default_factory=list)  # the answer, as far as it is read
     steps: int = 0  # passes of the decoder
     drafted: int = 0
@@ -44,33 +50,75 @@ class Decoding:
 
 @dataclass(frozen=True)
 class Drawn:
-    """Tokens on their way from the device."""
+    """Tokens on their way from the device: N, one for each row and for each token of its draft.
+
+    A row's tokens count up to the first that is not the draft's.
+    """
 
     rows: tuple[Decoding, ...]
-    tokens: mx.array  # (B,)
+    drafts: tuple[Draft, ...]
+    tokens: mx.array  # (N,)
+    logprobs: tuple[LogprobArrays | None, ...]  # N
+    states: tuple[SamplerState, ...]  # N, each after its token
+
+    @property
+    def drafted(self) -> bool:
+        """Whether the newest tokens are known only to the host, once it has read them."""
+        return any(self.drafts)
+
+
+@dataclass(frozen=True)
+class Answered:
+    """A row's next tokens, on the host. The first `accepted` of them were drafted."""
+
+    row: Decoding
+    tokens: tuple[int, ...]
     logprobs: tuple[LogprobArrays | None, ...]
+    accepted: int
 
 
-def draw_rows(logits: mx.array, rows: Rows[Decoding]) -> Drawn:
-    """Draw the next token of every row from `logits` (B, vocab_size), and note it there."""
-    size = logits.shape[-1]
-    asked: list[Row] = []
-    for row in rows:
-        bits = row.guide.mask() if row.guide is not None else None
-        allowed = expand(bits, size) if bits is not None else None
-        history = row.tokens if row.sampler.needs_history else None
-        asked.append(Row(row.sampler, row.sampler_state, history, allowed))
+def draw_rows(
+    logits: mx.array, rows: Rows[Decoding], drafts: Rows[Draft] | None = None
+) -> Drawn:
+    """Draw the next token of every row from `logits` (N, vocab_size), and note it there.
+
+    drafts: a row with a draft of k tokens has k + 1 of the logits, each drawn from as if the
+    draft were right so far.
+    """
+    drafts = [()] * len(rows) if drafts is None else drafts
+    asked = [
+        each
+        for row, draft in zip(rows, drafts, strict=True)
+        for each in _asked(row, draft, logits.shape[-1])
+    ]
     tokens, states = draw(logits, asked)
     logprobs: list[LogprobArrays | None] = []
-    for i, (row, state) in enumerate(zip(rows, states, strict=True)):
-        row.sampler_state = state
+    for row, draft in zip(rows, drafts, strict=True):
+        row.sampler_state = states[len(logprobs)]
         row.drawn += 1
-        wanted = row.top_logprobs
-        logprobs.append(
-            None if wanted is None else chosen_logprobs(logits[i], tokens[i : i + 1], wanted)
-        )
+        for i in range(len(logprobs), len(logprobs) + len(draft) + 1):
+            wanted = row.top_logprobs
+            logprobs.append(
+                None if wanted is None else chosen_logprobs(logits[i], tokens[i : i + 1], wanted)
+            )
     mx.async_eval(tokens, [x for entry in logprobs if entry is not None for x in entry])
-    return Drawn(tuple(rows), tokens, tuple(logprobs))
+    return Drawn(tuple(rows), tuple(drafts), tokens, tuple(logprobs), tuple(states))
+
+
+def _asked(row: Decoding, draft: Draft, vocab_size: int) -> list[Row]:
+    """What the draws of a row depend on: its next one, and one after each token of its draft."""
+    guide, sampler, state = row.guide, row.sampler, row.sampler_state
+    masks: list[Any] = [None] * (len(draft) + 1)
+    if guide is not None:
+        masks = guide.masks(draft) if draft else [guide.mask()]
+    asked: list[Row] = []
+    for i, bits in enumerate(masks):
+        if i:
+            state = sampler.after(state, draft[i - 1])
+        history = [*row.tokens, *draft[:i]] if sampler.needs_history else None
+        allowed = expand(bits, vocab_size) if bits is not None else None
+        asked.append(Row(sampler, state, history, allowed))
+    return asked
 
 
 class Batch:
@@ -98,8 +146,10 @@ class Batch:
         parts = [*([self.unread] if self.unread else []), *first_tokens]
         self.unread = Drawn(
             tuple(row for part in parts for row in part.rows),
+            tuple(draft for part in parts for draft in part.drafts),
             mx.concatenate([part.tokens for part in parts]),
             tuple(entry for part in parts for entry in part.logprobs),
+            tuple(state for part in parts for state in part.states),
         )
 
     def keep(self, kept: Rows[Decoding]) -> None:
@@ -120,13 +170,56 @@ class Batch:
     def forward(self) -> mx.array:
         """Queue a pass over every row's newest token; logits (B, vocab_size), lazily."""
         assert self.unread is not None
+        return self.model.language_model.logits(self._pass(self._newest()[:, None])[:, 0])
+
+    def verify(self, drafts: Rows[Draft]) -> None:
+        """Queue a pass over every row's newest token, which is read, and its draft; and the draws.
+
+        Shorter drafts are filled up; until `read` the cache holds more than the rows' length.
+        """
+        width = 1 + max(map(len, drafts))
+        fed = np.zeros((len(self.rows), width), np.int32)
+        wanted = []  # places of the N hidden states that tokens are drawn from
+        for i, (row, draft) in enumerate(zip(self.rows, drafts, strict=True)):
+            fed[i, : len(draft) + 1] = (row.tokens[-1], *draft)
+            wanted += range(i * width, i * width + len(draft) + 1)
+        hidden = self._pass(mx.array(fed)).reshape(fed.size, -1)  # (B * width, hidden_size)
+        if len(wanted) < fed.size:
+            hidden = hidden[mx.array(wanted)]  # (N, hidden_size)
+        logits = self.model.language_model.logits(hidden)
+        self.unread = draw_rows(logits, self.rows, drafts)
+
+    def read(self, drawn: Drawn) -> list[Answered]:
+        """Wait for drawn tokens; those that follow a wrong draft are dropped, in the cache too."""
+        values: list[int] = drawn.tokens.tolist()  # type: ignore[assignment]
+        answers, start = [], 0
+        for row, draft in zip(drawn.rows, drawn.drafts, strict=True):
+            own = values[start : start + len(draft) + 1]
+            pairs = zip(draft, own, strict=False)
+            right = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+            if draft:
+                row.sampler_state = drawn.states[start + right]
+                row.drafted += len(draft)
+                row.drawn += right
+                row.length += right
+            logprobs = drawn.logprobs[start : start + right + 1]
+            answers.append(Answered(row, tuple(own[: right + 1]), logprobs, right))
+            start += len(draft) + 1
+        if drawn.drafted and self.rows:
+            held = self.layers[0].lengths
+            surplus = [n - row.length for n, row in zip(held, self.rows, strict=True)]
+            for layer in self.layers:
+                layer.trim(surplus)
+        return answers
+
+    def _pass(self, tokens: mx.array) -> mx.array:
+        """Hidden states (B, L, hidden_size) of tokens (B, L), which go to the cache."""
         offsets = np.array([row.length + row.rope_delta for row in self.rows], np.int32)
-        tokens = self._newest()
-        hidden = self.model.language_model(tokens[:, None], mx.array(offsets), self.layers)
+        hidden = self.model.language_model(tokens, mx.array(offsets), self.layers)
         for row in self.rows:
             row.length += 1
             row.steps += 1
-        return self.model.language_model.logits(hidden)[:, 0]
+        return hidden
 
     def _newest(self) -> mx.array:
         """The rows' drawn tokens, (B,), in the order of the rows."""

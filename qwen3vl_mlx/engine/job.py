@@ -64,11 +64,7 @@ class Job:
     def start(self, vocab_size: int, compiler: GrammarCompiler) -> Decoding:
         """The row that decodes the answer, once the prompt is read."""
         request, params = self.request, self.request.params
-        breakers: frozenset[int] = frozenset()
-        if params.dry_multiplier:
-            texts = params.dry_sequence_breakers
-            breakers = frozenset().union(*map(self.tokenizer.tokens_with, texts))
-        sampler = Sampler(params, request.prompt.token_ids, vocab_size, breakers)
+        sampler = Sampler(params, request.prompt.token_ids, vocab_size, request.breakers)
         self.row = Decoding(
             sampler=sampler,
             sampler_state=sampler.start(),
@@ -82,6 +78,7 @@ class Job:
             max_tokens=request.max_tokens,
             top_logprobs=params.top_logprobs if params.logprobs else None,
             length=len(request.prompt.token_ids),
+            end_tokens=frozenset() if params.ignore_eos else request.eos_token_ids,
         )
         return self.row
 

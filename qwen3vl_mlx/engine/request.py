@@ -31,6 +31,7 @@ class Request:
     preparation_sec: float  # what reading the pictures and laying out the prompt took
     grammar: Grammar | None = None  # what the answer, or a tool call in it, must follow
     timeout: float | None = None  # seconds from submission until the answer is cut off
+    breakers: frozenset[int] = frozenset()  # tokens no repetition runs across, for DRY
 
 
 class Handle:

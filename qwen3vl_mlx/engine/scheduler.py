@@ -17,7 +17,7 @@ import numpy as np
 
 from qwen3vl_mlx.engine import kv_cache
 from qwen3vl_mlx.engine.admission import Admission, Cost
-from qwen3vl_mlx.engine.batch import Batch, Decoding, Drawn, draw_rows
+from qwen3vl_mlx.engine.batch import Answered, Batch, Decoding, Drawn, draw_rows
 from qwen3vl_mlx.engine.constraints import GrammarCompiler
 from qwen3vl_mlx.engine.feature_cache import FeatureCache
 from qwen3vl_mlx.engine.job import Job
@@ -27,6 +27,7 @@ from qwen3vl_mlx.engine.prefill import Prefill
 from qwen3vl_mlx.engine.prefix_cache import Key, PrefixCache
 from qwen3vl_mlx.engine.reader import PromptReader
 from qwen3vl_mlx.engine.request import Handle
+from qwen3vl_mlx.engine.speculative import Speculation
 from qwen3vl_mlx.errors import InputError
 from qwen3vl_mlx.models.qwen3_vl import Model
 from qwen3vl_mlx.processing.tokenizer import Tokenizer
@@ -76,6 +77,7 @@ class Scheduler:
     prefix: PrefixCache | None
     features: FeatureCache
     limits: Limits = field(default_factory=Limits)
+    speculation: Speculation | None = None
 
     def __post_init__(self) -> None:
         self.batch = Batch(self.model)
@@ -130,6 +132,7 @@ class Scheduler:
             except Exception as error:  # noqa: BLE001
                 # The pass is shared: nothing is known of any row's cache now.
                 self.batch = Batch(self.model)
+                self._keep([])
                 for job in list(self.running.values()):
                     self._fail(job, error)
         self._read_prompts()
@@ -185,6 +188,11 @@ class Scheduler:
         over = self.admission.together([cost, *others]) - self.admission.available
         if over > 0:
             return not others  # alone it was found to fit
+        self._shrink_caches(over)
+        return True
+
+    def _shrink_caches(self, over: int) -> None:
+        """Let caches give way to requests that leave `-over` bytes."""
         features, prefix = self.features, self.prefix
         kept = features.stats.bytes + (prefix.stats.bytes if prefix is not None else 0)
         if (excess := over + kept) > 0:
@@ -193,7 +201,6 @@ class Scheduler:
             excess -= before - features.stats.bytes
             if excess > 0 and prefix is not None:
                 prefix.shrink(max(0, prefix.stats.bytes - excess))
-        return True
 
     def _begin(self, job: Job) -> None:
         layers = None
@@ -244,14 +251,22 @@ class Scheduler:
                 rows.append(job.row)
                 layers.append(job.prefill.layers)
             job.prefill = None
+            if self.speculation is not None and rows and rows[-1] is job.row:
+                self.speculation.drafter.begin(job.row, job.request)
         self.batch.join(rows, layers, drawn)
 
     # Running
 
     def _decode(self) -> None:
         """Queue every row's next token, then read the ones queued before."""
-        batch, before = self.batch, self.batch.unread
+        batch, before, speculation = self.batch, self.batch.unread, self.speculation
         assert before is not None
+        if speculation is not None and (before.drafted or speculation.waits(batch.rows)):
+            batch.unread = None
+            self._read(before)
+            if batch.rows:
+                batch.verify(speculation.drafts(batch.rows))
+            return
         self._let_go([row for row in batch.rows if row.drawn >= row.max_tokens])
         logits: mx.array | None = None
         waits = any(row.waits_for_host for row in batch.rows)
@@ -272,18 +287,24 @@ class Scheduler:
             batch.unread = draw_rows(logits, batch.rows)
 
     def _read(self, drawn: Drawn) -> None:
-        values: list[int] = drawn.tokens.tolist()  # type: ignore[assignment]
-        for row, token, arrays in zip(drawn.rows, values, drawn.logprobs, strict=True):
-            job = self.running.get(id(row))
+        for answer in self.batch.read(drawn):
+            job = self.running.get(id(answer.row))
             if job is None:
                 continue  # it ended while this token was on its way
             with self._isolated(job):
-                logprob = None if arrays is None else to_host(arrays, token, self.tokenizer)
-                reason = job.take(token, logprob)
-                if reason is None and row.length > job.reserved_length and not self._grow(job):
-                    reason = "length"
-                if reason is not None:
+                if (reason := self._take(job, answer)) is not None:
                     self._finish(job, reason)
+
+    def _take(self, job: Job, answer: Answered) -> FinishReason | None:
+        """Hand a row's tokens to its job; why the answer ends with one of them, if it does."""
+        row = answer.row
+        for i, (token, arrays) in enumerate(zip(answer.tokens, answer.logprobs, strict=True)):
+            logprob = None if arrays is None else to_host(arrays, token, self.tokenizer)
+            reason = job.take(token, logprob)
+            row.accepted += i < answer.accepted
+            if reason is not None:
+                return reason
+        return "length" if row.length > job.reserved_length and not self._grow(job) else None
 
     def _grow(self, job: Job) -> bool:
         """Reserve room for more tokens than were predicted for a request without max_tokens."""
@@ -298,7 +319,13 @@ class Scheduler:
         gone = list(rows)
         for row in gone:
             self._remember(self.running[id(row)])
-        self.batch.keep([row for row in self.batch.rows if row not in gone])
+        self._keep([row for row in self.batch.rows if row not in gone])
+
+    def _keep(self, rows: list[Decoding]) -> None:
+        """Let all other rows go."""
+        self.batch.keep(rows)
+        if self.speculation is not None:
+            self.speculation.drafter.keep(rows)
 
     def _remember(self, job: Job) -> None:
         """Put what a job has computed into the prefix cache."""
@@ -312,6 +339,9 @@ class Scheduler:
             # Fed tokens are all read, but for one that a row leaving early may have on its way.
             key = job.key_with(job.row.tokens)
             self.prefix.insert(key, self.batch.rows_of(job.row, min(job.row.length, len(key))))
+        active = [*self.reader.jobs, *self.running.values()]
+        used = self.admission.together(job.cost for job in active)
+        self._shrink_caches(used - self.admission.available)
 
     # The end
 
@@ -345,7 +375,7 @@ class Scheduler:
         if job in self.reader.jobs:
             self.reader.remove(job)
         if job.row is not None:
-            self.batch.keep([row for row in self.batch.rows if row is not job.row])
+            self._keep([row for row in self.batch.rows if row is not job.row])
             self.running.pop(id(job.row), None)
 
 

@@ -1,0 +1,106 @@
+"""Requests driven through a scheduler by hand: no thread, no clock, every step seen."""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import numpy.typing as npt
+import pytest
+
+from qwen3vl_mlx.api import Qwen3VL
+from qwen3vl_mlx.engine import batch
+from qwen3vl_mlx.engine.engine import Engine, EngineOptions
+from qwen3vl_mlx.engine.request import Handle
+from qwen3vl_mlx.engine.sampling import Row, SamplerState, SamplingParams
+from qwen3vl_mlx.engine.scheduler import Scheduler
+from qwen3vl_mlx.processing.prompt import Prompt
+
+WORDS = 998  # the vocabulary without special tokens: a random model may pick a placeholder
+
+# By seed, which is a request's name here, and by step: the row its token was drawn from. A row
+# that is drawn again, after a guess that was wrong, replaces the one before.
+Drawn = dict[int, dict[int, mx.array]]
+
+
+@contextmanager
+def recording() -> Iterator[Drawn]:
+    """Draw ordinary words only, and keep the logits they are drawn from."""
+    seen: Drawn = defaultdict(dict)
+    draw = batch.draw
+    words = mx.array(np.arange(1024) < WORDS)
+
+    def recorded(logits: mx.array, rows: Sequence[Row]) -> tuple[mx.array, list[SamplerState]]:
+        for i, row in enumerate(rows):
+            seen[row.sampler.seed][row.state.step] = logits[i]
+        return draw(mx.where(words, logits, -mx.inf), rows)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(batch, "draw", recorded)
+        yield seen
+
+
+class Driver:
+    """One model's scheduler in this thread. `drawn`: see `recording`."""
+
+    def __init__(self, model: Qwen3VL, drawn: Drawn, **options: Any):
+        self.model = model
+        self.drawn = drawn
+        drawn.clear()
+        engine = Engine(
+            model.model, model.processor.tokenizer, model.compiler, EngineOptions(**options)
+        )
+        self.scheduler: Scheduler = engine.scheduler  # the engine's thread never starts
+        self.count = 0
+
+    def ask(self, prompt: Prompt, max_tokens: int = 16, **params: Any) -> Handle:
+        """Put a request into the queue; it has no end token."""
+        self.count += 1
+        wanted = SamplingParams(**{"temperature": 0.0, "seed": self.count, **params})
+        wanted = replace(wanted, max_tokens=max_tokens)
+        request = self.model.request(prompt, wanted, tools=False, started=time.perf_counter())
+        request = replace(request, eos_token_ids=frozenset())
+        handle = Handle(request, self.scheduler.cancel)
+        self.scheduler.add(handle, time.perf_counter())
+        return handle
+
+    def until(self, done: Callable[[], bool], most: int = 3000) -> int:
+        """Step until something holds; returns how many steps that took."""
+        for count in range(most):
+            if done():
+                return count
+            self.scheduler.step()
+        raise AssertionError(f"not after {most} steps: {self.scheduler.load}")
+
+    def finish(self, *handles: Handle) -> None:
+        """Step until these requests have ended."""
+        self.until(lambda: all(handle.phase == "done" for handle in handles))
+
+    def drain(self) -> None:
+        """Step until nothing is left to do, and then nothing may be held."""
+        self.until(lambda: not self.scheduler.busy)
+        self.scheduler.step()  # tokens of rows that have left may still be on their way
+        assert_nothing_held(self.scheduler)
+
+    def logits(self, handle: Handle) -> npt.NDArray[np.float32]:
+        """The rows (n, vocab_size) that a request's n tokens were drawn from."""
+        steps = self.drawn[handle.request.params.seed or 0]
+        return stacked(steps[i] for i in range(len(handle.tokens)))
+
+
+def stacked(rows: Iterable[mx.array]) -> npt.NDArray[np.float32]:
+    return np.array(mx.stack(list(rows)).astype(mx.float32))
+
+
+def assert_nothing_held(scheduler: Scheduler) -> None:
+    reader, held = scheduler.reader, scheduler.batch
+    assert (list(scheduler.waiting), list(reader.jobs), scheduler.running) == ([], [], {})
+    assert (held.rows, held.layers, held.unread) == ([], [], None)
+    assert reader._encoding is None
+    assert scheduler.load.reserved_bytes == 0
