@@ -32,7 +32,7 @@ from qwen3vl_mlx.engine.memory import wire_memory
 from qwen3vl_mlx.engine.output import Completion, collect
 from qwen3vl_mlx.engine.penalties import breaker_tokens
 from qwen3vl_mlx.engine.request import Request, Stream
-from qwen3vl_mlx.engine.sampling import SamplingParams, default_params
+from qwen3vl_mlx.engine.sampling import SamplingParams, asked_params, default_params
 from qwen3vl_mlx.engine.state import CacheState
 from qwen3vl_mlx.errors import CheckpointError, InputError, PromptError
 from qwen3vl_mlx.jsonfiles import read_generation_config
@@ -99,7 +99,9 @@ class Qwen3VL:
         self.processor = processor
         self.source = source
         try:
-            self.default_params = default_params(generation_config)
+            self.default_params = default_params(
+                generation_config, thinking=processor.template.opens_thinking
+            )
         except InputError as error:
             raise CheckpointError(f"generation_config.json: {error}") from error
         self.eos_token_ids = end_token_ids(generation_config, processor.tokenizer)
@@ -127,6 +129,7 @@ class Qwen3VL:
         videos: Sequence[VideoSource] = (),
         tools: Sequence[Mapping[str, Any]] | None = None,
         tool_choice: str | Mapping[str, Any] | None = None,
+        parallel_tool_calls: bool | None = None,
         response_format: Mapping[str, Any] | None = None,
         grammar: Mapping[str, Any] | None = None,
         params: SamplingParams | None = None,
@@ -171,6 +174,7 @@ class Qwen3VL:
                 videos=videos,
                 tools=tools,
                 tool_choice=tool_choice,
+                parallel_tool_calls=parallel_tool_calls,
                 response_format=response_format,
                 grammar=grammar,
                 params=params,
@@ -208,6 +212,7 @@ class Qwen3VL:
         videos: Sequence[VideoSource] = (),
         tools: Sequence[Mapping[str, Any]] | None = None,
         tool_choice: str | Mapping[str, Any] | None = None,
+        parallel_tool_calls: bool | None = None,
         response_format: Mapping[str, Any] | None = None,
         grammar: Mapping[str, Any] | None = None,
         params: SamplingParams | None = None,
@@ -236,7 +241,9 @@ class Qwen3VL:
         The request is checked, and its images are read, before this returns.
         """
         started = time.perf_counter()
-        wanted = (params or self.default_params).updated(
+        wanted = asked_params(
+            self.default_params,
+            params,
             {
                 "max_tokens": max_tokens,
                 "temperature": temperature,
@@ -252,26 +259,25 @@ class Qwen3VL:
                 "logprobs": logprobs,
                 "top_logprobs": top_logprobs,
                 "thinking_budget": thinking_budget,
-            }
+            },
         )
-        rules = parse_grammar(response_format, grammar, tools, tool_choice)
+        rules = parse_grammar(
+            response_format, grammar, tools, tool_choice, parallel_tool_calls=parallel_tool_calls
+        )
         if tool_choice == "none":
             tools = None  # what the model does not see it does not call
         conversation = as_messages(messages, images, videos)
-        layout = partial(
-            self.processor.prompt,
-            tools=tools,
-            min_pixels=min_pixels,
-            max_pixels=max_pixels,
-            add_vision_id=add_vision_id,
-        )
+        layout = partial(self.processor.prompt, tools=tools, add_vision_id=add_vision_id)
         if truncate:
-            budget = self.processor.image_budget(min_pixels, max_pixels)
             answer = wanted.max_tokens or min(_ANSWER_ROOM, self.context_length // 4)
-            room = self.context_length - answer
-            conversation = shorten(self.processor.read(conversation, budget), layout, room)
+            budget = self.processor.image_budget(min_pixels, max_pixels)
+            conversation = self.processor.read(conversation, budget)
+            conversation = shorten(conversation, layout, self.context_length - answer)
+            prompt = layout(conversation)
+        else:
+            prompt = layout(conversation, min_pixels=min_pixels, max_pixels=max_pixels)
         request = self.request(
-            layout(conversation),
+            prompt,
             wanted,
             tools=bool(tools),
             grammar=rules,

@@ -184,7 +184,7 @@ def answer(args: argparse.Namespace) -> None:
         max_pixels="full" if args.full_resolution else args.max_pixels,
         add_vision_id=args.number_images,
         timeout=args.timeout,
-        params=replace(model.default_params, loop_guard=args.loop_guard),
+        params=replace(model.default_params, loop_guard=True) if args.loop_guard else None,
         **form,
         **sampling,
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 
@@ -15,6 +15,7 @@ os.environ.setdefault("MLX_ENABLE_TF32", "0")  # before MLX starts: newer GPUs r
 import layouts
 import tiny
 from asking import SCENES
+from driving import Driver, recording
 from PIL.Image import Image
 
 from qwen3vl_mlx.api import Qwen3VL, load
@@ -46,6 +47,13 @@ def tiny_model(tiny_folder: Callable[[str], Path]) -> Callable[[str], Qwen3VL]:
         return load(wide, quantize=parse_recipe(preset, num_layers, group_size=32))
 
     return cache(loaded)
+
+
+@pytest.fixture
+def drive() -> Iterator[Callable[..., Driver]]:
+    """`drive(model, **options)`: its scheduler, stepped by hand, whose draws are recorded."""
+    with recording() as drawn:
+        yield lambda model, **options: Driver(model, drawn, **options)
 
 
 @pytest.fixture(scope="session")

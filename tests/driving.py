@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -24,6 +25,7 @@ from qwen3vl_mlx.processing.prompt import Prompt
 
 WORDS = 998  # the vocabulary without special tokens: a random model may pick a placeholder
 
+_SEEDS = itertools.count(1)
 # By seed, which is a request's name here, and by step: the row its token was drawn from. A row
 # that is drawn again, after a guess that was wrong, replaces the one before.
 Drawn = dict[int, dict[int, mx.array]]
@@ -52,17 +54,14 @@ class Driver:
     def __init__(self, model: Qwen3VL, drawn: Drawn, **options: Any):
         self.model = model
         self.drawn = drawn
-        drawn.clear()
         engine = Engine(
             model.model, model.processor.tokenizer, model.compiler, EngineOptions(**options)
         )
         self.scheduler: Scheduler = engine.scheduler  # the engine's thread never starts
-        self.count = 0
 
     def ask(self, prompt: Prompt, max_tokens: int = 16, **params: Any) -> Handle:
         """Put a request into the queue; it has no end token."""
-        self.count += 1
-        wanted = SamplingParams(**{"temperature": 0.0, "seed": self.count, **params})
+        wanted = SamplingParams(**{"temperature": 0.0, "seed": next(_SEEDS), **params})
         wanted = replace(wanted, max_tokens=max_tokens)
         request = self.model.request(prompt, wanted, tools=False, started=time.perf_counter())
         request = replace(request, eos_token_ids=frozenset())
@@ -91,11 +90,8 @@ class Driver:
     def logits(self, handle: Handle) -> npt.NDArray[np.float32]:
         """The rows (n, vocab_size) that a request's n tokens were drawn from."""
         steps = self.drawn[handle.request.params.seed or 0]
-        return stacked(steps[i] for i in range(len(handle.tokens)))
-
-
-def stacked(rows: Iterable[mx.array]) -> npt.NDArray[np.float32]:
-    return np.array(mx.stack(list(rows)).astype(mx.float32))
+        rows = [steps[i] for i in range(len(handle.tokens))]
+        return np.array(mx.stack(rows).astype(mx.float32))
 
 
 def assert_nothing_held(scheduler: Scheduler) -> None:

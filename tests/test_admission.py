@@ -34,7 +34,7 @@ from qwen3vl_mlx.models.qwen3_vl import Model
 from qwen3vl_mlx.models.vision import VisionFeatures, normalize_patches, vision_tables
 from qwen3vl_mlx.processing.image import VisualInput
 from qwen3vl_mlx.processing.prompt import Prompt
-from qwen3vl_mlx.quant.plan import parse_memory
+from qwen3vl_mlx.quant.plan import parse_memory, prefill_bytes
 
 GIB = 2**30
 CHECKPOINTS = Path(__file__).parent / "data" / "checkpoints"
@@ -254,6 +254,24 @@ def test_room_only_grows_with_the_limit_and_shrinks_with_company(
     assert together >= max(cost.total for cost in (first, *others)) > 0
     assert tight.together([first]) == first.total
     assert tight.together([]) == 0
+
+
+def test_a_chunk_is_read_at_a_time() -> None:
+    admission = real(SMALL)
+    text = admission.config.text
+    assert admission.estimate(Demand(50, 1)).prefill == prefill_bytes(text, 50)
+    chunk = replace(admission, chunk=512).estimate(Demand(5000, 1)).prefill
+    assert chunk == prefill_bytes(text, 512) < admission.estimate(Demand(5000, 1)).prefill
+
+
+def test_the_last_byte_counts() -> None:
+    whole = real(SMALL)
+    cost = whole.estimate(Demand(3000, 100, (2560,)))
+    exact = replace(whole, limit=whole.weights + whole.reserved + cost.total)
+    assert exact.fits(cost)
+    assert not exact.fits(cost, kept=1)
+    assert not exact.fits(cost, [whole.estimate(Demand(1, 1)).answering])
+    assert not replace(exact, limit=exact.limit - 1).fits(cost)
 
 
 def test_a_picture_is_encoded_while_another_prompt_is_read() -> None:

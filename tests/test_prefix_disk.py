@@ -377,7 +377,18 @@ cache.disk.flush()
     assert found(cache, [*range(99)]) == 50
 
 
-def test_two_processes_on_one_folder(disk: Disk, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_draft_being_written_is_left_alone(disk: Disk) -> None:
+    disk.folder.mkdir()
+    name = prefix_file.file_name("model", key([1]).values, 0)
+    draft = disk.folder / f".{name}.1-ab.tmp"
+    draft.write_bytes(b"half")
+    disk(budget=0)
+    assert draft.exists()
+
+
+def test_two_processes_on_one_folder(
+    disk: Disk, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     monkeypatch.setattr(prefix_disk, "_REFRESH_SECONDS", 0.0)
     one, two = disk(), disk()
     for cache in (one, two):
@@ -394,7 +405,7 @@ def test_two_processes_on_one_folder(disk: Disk, monkeypatch: pytest.MonkeyPatch
         path.unlink()
     one.shrink(0)
     assert found(one, [*LONG, 1]) == 0
-    assert disk_stats(one).damaged == 0
+    assert (disk_stats(one).damaged, caplog.records) == (0, [])
     one.insert(key(LONG), rows(LONG))
     flush(one)
     assert found(disk(), [*LONG, 1]) == len(spelled(LONG))
@@ -427,7 +438,7 @@ def test_least_recently_used_files_go_first(disk: Disk) -> None:
     assert found(cache, [1, *range(60), 1]) == 61  # read: used
     cache.insert(key([4, *range(60)]), rows([4, *range(60)]))
     flush(cache)
-    assert disk_stats(cache).evictions == 1
+    assert (disk_stats(cache).evictions, disk_stats(cache).entries) == (1, 3)
     again = disk()
     assert [found(again, [i, *range(60), 1]) for i in (1, 2, 3, 4)] == [61, 0, 61, 61]
 
@@ -501,7 +512,46 @@ def test_clear_deletes_this_models_files(disk: Disk) -> None:
     cache.clear()
     assert len(disk.files()) == 1
     assert found(cache, [*LONG, 1]) == 0
-    assert disk_stats(cache).entries == 0
+    assert disk_stats(cache).entries == disk_stats(cache).bytes == 0
+    assert not cache.disk._index.root.children
+
+
+def test_what_is_not_written_yet_is_not_read(disk: Disk) -> None:
+    cache = disk()
+    cache.disk._writer.submit(time.sleep, 0.2)
+    cache.insert(key(LONG), rows(LONG))
+    cache.shrink(0)
+    assert found(cache, [*LONG, 1]) == 0
+    flush(cache)
+    assert found(cache, [*LONG, 1]) == len(spelled(LONG))
+
+
+def test_rows_without_what_they_follow_are_not_used(disk: Disk) -> None:
+    longer = [*LONG, *range(60)]
+    disk.filled(LONG)
+    base = disk.files()[0]
+    disk.filled(LONG, longer)
+    base.unlink()
+    assert found(disk(), [*longer, 1]) == 0
+    cache = disk.filled(LONG)  # the base again: both are of use
+    cache.shrink(0)
+    assert found(cache, [*longer, 1]) == len(spelled(longer))
+
+
+def test_a_file_that_cannot_be_read_now_is_kept(
+    disk: Disk, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    disk.filled(LONG)
+    cache = disk()
+
+    def fail(*_: Any) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(prefix_file, "read_file", fail)
+        assert found(cache, [*LONG, 1]) == 0
+    assert "Input/output error" in caplog.text
+    assert found(disk(), [*LONG, 1]) == len(spelled(LONG))
 
 
 def test_close_writes_what_is_queued(disk: Disk) -> None:

@@ -20,7 +20,6 @@ from qwen3vl_mlx.engine.logprobs import LogprobArrays, chosen_logprobs
 from qwen3vl_mlx.engine.sampling import Row, Sampler, SamplerState, draw
 from qwen3vl_mlx.models.qwen3_vl import Model
 
-
 Draft: TypeAlias = "tuple[int, ...]"
 
 
@@ -77,9 +76,7 @@ class Answered:
     accepted: int
 
 
-def draw_rows(
-    logits: mx.array, rows: Rows[Decoding], drafts: Rows[Draft] | None = None
-) -> Drawn:
+def draw_rows(logits: mx.array, rows: Rows[Decoding], drafts: Rows[Draft] | None = None) -> Drawn:
     """Draw the next token of every row from `logits` (N, vocab_size), and note it there.
 
     drafts: a row with a draft of k tokens has k + 1 of the logits, each drawn from as if the
@@ -179,7 +176,7 @@ class Batch:
         """
         width = 1 + max(map(len, drafts))
         fed = np.zeros((len(self.rows), width), np.int32)
-        wanted = []  # places of the N hidden states that tokens are drawn from
+        wanted: list[int] = []  # places of the N hidden states that tokens are drawn from
         for i, (row, draft) in enumerate(zip(self.rows, drafts, strict=True)):
             fed[i, : len(draft) + 1] = (row.tokens[-1], *draft)
             wanted += range(i * width, i * width + len(draft) + 1)

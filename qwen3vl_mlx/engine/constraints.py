@@ -11,7 +11,7 @@ import copy
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
-from qwen3vl_mlx.engine.grammar import Grammar, parse_grammar
+from qwen3vl_mlx.engine.grammar import Grammar, parse_grammar, shortened
 from qwen3vl_mlx.engine.grammar_compiler import BLANK_LINE, Bits, GrammarCompiler, expand
 from qwen3vl_mlx.engine.output import TOOL_END, TOOL_START
 from qwen3vl_mlx.engine.thinking import Thought, spelled
@@ -168,7 +168,7 @@ class Guide:
         assert matcher is not None
         bits = compiler.allowed_by(matcher)
         if matcher.is_error():
-            self._fail(matcher.get_error())
+            self._fail(shortened(matcher.get_error()))
             return bits
         if self.part == "call":
             if (bits & compiler.end_bits).any():
@@ -251,7 +251,8 @@ class Guide:
     def _match(self, token: int) -> None:
         assert self._matcher is not None
         if not self._matcher.consume_token(token):
-            self._fail(f"{self._shown(token)} breaks the grammar ({self._matcher.get_error()})")
+            reason = shortened(self._matcher.get_error())
+            self._fail(f"{self._shown(token)} breaks the grammar: {reason}")
 
     def _follow(self, token: int, tag: str) -> None:
         """Keep count of how much of a tag text tokens have spelled."""
@@ -282,4 +283,4 @@ class Guide:
         return repr(self.compiler.text_of(token).decode("utf-8", "replace"))
 
     def _fail(self, reason: str) -> None:
-        self.failure = self.failure or reason.strip()
+        self.failure = self.failure or reason

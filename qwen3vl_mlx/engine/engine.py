@@ -11,21 +11,35 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 import mlx.core as mx
 
 from qwen3vl_mlx.engine.admission import Admission, memory_limit
 from qwen3vl_mlx.engine.constraints import GrammarCompiler
+from qwen3vl_mlx.engine.draft_model import DraftCheckpoint, DraftModel
 from qwen3vl_mlx.engine.feature_cache import FeatureCache, FeatureCacheStats
+from qwen3vl_mlx.engine.kv_cache import KVQuantization
 from qwen3vl_mlx.engine.prefix_cache import PrefixCache, PrefixStats
 from qwen3vl_mlx.engine.request import Handle, Request
 from qwen3vl_mlx.engine.scheduler import Limits, Load, Scheduler
+from qwen3vl_mlx.engine.speculative import (
+    MOST_DRAFTED,
+    Drafter,
+    Either,
+    Lookup,
+    Speculation,
+)
 from qwen3vl_mlx.errors import EngineClosedError, InputError, QueueFullError
 from qwen3vl_mlx.models.qwen3_vl import Model
 from qwen3vl_mlx.processing.tokenizer import Tokenizer
 
 Result = TypeVar("Result")
+
+_DRAFT_SHARE = 4  # a draft model's caches get this part of the model's on top
+
+
+_DISK_POLL_SEC = 0.001
 
 
 @dataclass(frozen=True)
@@ -34,6 +48,8 @@ class EngineOptions:
 
     cache_folder keeps the prefix cache over restarts. memory_limit: bytes for weights, caches and
     work together, by default the device's working set. kv_bits: 8 or 4 quantizes keys and values.
+    speculative: "lookup" guesses what was said before; draft: a smaller model that guesses. At
+    most draft_tokens guesses are verified at once. Answers stay what they are without.
     """
 
     max_batch: int = 8
@@ -46,6 +62,9 @@ class EngineOptions:
     cache_folder_bytes: int = 10 * 2**30
     kv_bits: int | None = None
     memory_limit: int | None = None
+    speculative: Literal["lookup"] | None = None
+    draft: DraftCheckpoint | None = None
+    draft_tokens: int = MOST_DRAFTED
 
     def __post_init__(self) -> None:
         least = {"max_batch": 1, "max_queue": 1, "prefill_chunk": 1, "interleave": 1}
@@ -55,6 +74,12 @@ class EngineOptions:
                 raise InputError(f"{name} must be at least {smallest}, got {getattr(self, name)!r}")
         if self.kv_bits not in (None, 4, 8):
             raise InputError(f"kv_bits must be 8, 4 or None, got {self.kv_bits!r}")
+        if self.speculative not in (None, "lookup"):
+            raise InputError(f'speculative must be "lookup" or None, got {self.speculative!r}')
+        if not 1 <= self.draft_tokens <= MOST_DRAFTED:
+            raise InputError(
+                f"draft_tokens must be from 1 to {MOST_DRAFTED}, got {self.draft_tokens!r}"
+            )
 
 
 @dataclass(frozen=True)
@@ -87,6 +112,7 @@ class Engine:
             _prefix_cache(model, options),
             FeatureCache(options.feature_cache_bytes),
             Limits(options.max_batch, options.prefill_chunk, options.interleave, options.kv_bits),
+            _speculation(model, tokenizer, options),
         )
         self._inbox: deque[Callable[[], None]] = deque()
         self._wake = threading.Condition()
@@ -201,6 +227,9 @@ class Engine:
             if closed:
                 break
             scheduler.step()
+            if scheduler.idle and scheduler.busy:
+                with self._wake:
+                    self._wake.wait(_DISK_POLL_SEC)
         scheduler.close()
 
 
@@ -214,6 +243,24 @@ def _prefix_cache(model: Model, options: EngineOptions) -> PrefixCache | None:
         identity = fingerprint(model, options.kv_bits)
         disk = DiskTier(options.cache_folder, identity, options.cache_folder_bytes)
     return PrefixCache(options.prefix_cache_bytes, disk)
+
+
+def _speculation(model: Model, tokenizer: Tokenizer, options: EngineOptions) -> Speculation | None:
+    drafters: list[Drafter] = []
+    if options.speculative == "lookup":
+        drafters.append(Lookup())
+    if (draft := options.draft) is not None:
+        draft.check(model, tokenizer)
+        if options.kv_bits is not None:
+            KVQuantization.of(options.kv_bits, draft.model.config.text.head_dim)
+        prefix = options.prefix_cache_bytes // _DRAFT_SHARE
+        features = FeatureCache(options.feature_cache_bytes // _DRAFT_SHARE)
+        held = PrefixCache(prefix) if prefix else None
+        drafters.append(DraftModel(draft.model, features, held, options.kv_bits))
+    if not drafters:
+        return None
+    drafter = drafters[0] if len(drafters) == 1 else Either(*drafters)
+    return Speculation(drafter, model.config.text, options.draft_tokens)
 
 
 def _close(engine: weakref.ref[Engine]) -> None:

@@ -104,7 +104,7 @@ class GrammarCompiler:
         module = llguidance_module()
         view = module.TokenizerWrapper(_TokenizerView(self))
         lexicon: llguidance.LLTokenizer = module.LLTokenizer(
-            view, n_vocab=self.vocab_size, eos_token=list(self.eos_token_ids)
+            view, eos_token=list(self.eos_token_ids)
         )
         return lexicon
 

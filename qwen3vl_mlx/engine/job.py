@@ -14,7 +14,7 @@ from qwen3vl_mlx.engine.constraints import GrammarCompiler, make_guide
 from qwen3vl_mlx.engine.logprobs import TokenLogprob
 from qwen3vl_mlx.engine.output import Chunk, FinishReason, make_usage
 from qwen3vl_mlx.engine.prefill import Prefill
-from qwen3vl_mlx.engine.prefix_cache import Key, prompt_key
+from qwen3vl_mlx.engine.prefix_cache import Key, Restoring, prompt_key
 from qwen3vl_mlx.engine.repetition import LoopGuard
 from qwen3vl_mlx.engine.request import Handle
 from qwen3vl_mlx.engine.sampling import Sampler
@@ -42,6 +42,8 @@ class Job:
         self.reserved_tokens = admission.reserve(request.max_tokens, unbounded=unbounded)
         self.cost: Cost = admission.cost(request.prompt, self.reserved_tokens)
         self.cached = 0
+        self.asked_disk = False
+        self.restoring: Restoring | None = None
         self.prefill: Prefill | None = None
         self.features: dict[str, VisionFeatures] = {}  # found, while others are being encoded
         self.row: Decoding | None = None
@@ -93,10 +95,13 @@ class Job:
             row.guide.consume(token)
         for chunk in self.text.push(token, logprob):
             self.handle.put(chunk)
-        if self.text.ended:
-            return self.text.finish_reason
         if row.guide is not None and row.guide.failure is not None:
             return "constraint"
+        if self.text.ended:
+            return self.text.finish_reason
+        if row.guide is not None and row.guide.complete:
+            self.text.complete = True
+            return self.text.finish_reason
         if self.guard is not None and self.guard.push(token):
             return "repetition"
         if len(row.tokens) >= row.max_tokens:

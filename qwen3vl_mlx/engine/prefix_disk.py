@@ -262,7 +262,6 @@ class DiskTier:
             full = total + room_for > self.max_bytes and not prefix_file.is_draft(name)
             if stale or full:
                 (self.folder / name).unlink(missing_ok=True)
-                self._forget(name)
                 self._count(evictions=int(not stale))
                 total -= nbytes
                 del files[name]

@@ -4,31 +4,42 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Mapping
+from typing import Generic, Protocol, TypeVar
 
 import mlx.core as mx
 
 from qwen3vl_mlx.engine import kv_cache
 from qwen3vl_mlx.engine.feature_cache import FeatureCache
-from qwen3vl_mlx.engine.job import Job
+from qwen3vl_mlx.engine.prefill import Prefill
 from qwen3vl_mlx.engine.vision import Encoding
 from qwen3vl_mlx.models.qwen3_vl import Model
 from qwen3vl_mlx.models.vision import VisionFeatures
 
 
-class PromptReader:
+class Reading(Protocol):
+    """One whose prompt is to be read."""
+
+    prefill: Prefill | None
+    features: dict[str, VisionFeatures]  # found, while others are being encoded
+
+
+Reader = TypeVar("Reader", bound=Reading)
+
+
+class PromptReader(Generic[Reader]):
     """The jobs whose prompts are being read."""
 
     def __init__(self, model: Model, features: FeatureCache):
         self.model = model
         self.features = features
-        self.jobs: deque[Job] = deque()
-        self._encoding: tuple[Job, Encoding] | None = None
+        self.jobs: deque[Reader] = deque()
+        self._encoding: tuple[Reader, Encoding] | None = None
         self._queued: mx.array | None = None  # the last chunk, which may not have run yet
 
-    def add(self, job: Job) -> None:
+    def add(self, job: Reader) -> None:
         self.jobs.append(job)
 
-    def remove(self, job: Job) -> None:
+    def remove(self, job: Reader) -> None:
         """Let a job go, with what was encoded for it so far."""
         self.jobs.remove(job)
         if self._encoding is not None and self._encoding[0] is job:
@@ -38,7 +49,7 @@ class PromptReader:
         self.jobs.clear()
         self._encoding = self._queued = None
 
-    def next(self) -> Job | None:
+    def next(self) -> Reader | None:
         """The next job that has work: each in turn, so that a short prompt overtakes a long one."""
         for _ in range(len(self.jobs)):
             job = self.jobs[0]
@@ -49,7 +60,7 @@ class PromptReader:
                 return job
         return None
 
-    def advance(self, job: Job, budget: int, *, wait: bool) -> int:
+    def advance(self, job: Reader, budget: int, *, wait: bool) -> int:
         """Queue a job's next work; returns the tokens' worth that was.
 
         wait: nobody decodes, so that the host may wait for the chunk before. All of a prompt is
@@ -67,7 +78,7 @@ class PromptReader:
         self._queued = last if prefill.remaining else None
         return spent
 
-    def _encode(self, job: Job, budget: int) -> int:
+    def _encode(self, job: Reader, budget: int) -> int:
         """Encode what a prompt's pictures still need, on behalf of all who will need it."""
         assert job.prefill is not None
         if self._encoding is None:
@@ -89,7 +100,7 @@ class PromptReader:
         return max(1, work - encoding.tokens_left)
 
 
-def _give(job: Job, encoded: Mapping[str, VisionFeatures]) -> None:
+def _give(job: Reading, encoded: Mapping[str, VisionFeatures]) -> None:
     """Hand a job's prompt its features: those found in the cache, and those encoded since."""
     assert job.prefill is not None
     features = {**job.features, **encoded}

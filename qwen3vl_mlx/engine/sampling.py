@@ -46,6 +46,8 @@ _GREEDY_BELOW = 1e-6  # temperature
 # A bias of -inf becomes this: never drawn, unless a grammar allows nothing else.
 _FORBIDDEN = -1e9
 
+_INSTRUCT_PRESENCE_PENALTY = 1.5  # model cards of Qwen3-VL Instruct, for tasks with pictures
+
 
 @dataclass(frozen=True)
 class SamplingParams:
@@ -114,13 +116,35 @@ class SamplingParams:
         return replace(self, **given)
 
 
-def default_params(generation_config: Mapping[str, Any]) -> SamplingParams:
-    """Defaults from generation_config.json. Without `do_sample: true` that is greedy, as in HF."""
-    names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+def default_params(
+    generation_config: Mapping[str, Any], *, thinking: bool = False
+) -> SamplingParams:
+    """Defaults from generation_config.json. Without `do_sample: true` that is greedy, as in HF.
+
+    The Instruct models' cards ask for a presence penalty with pictures, which their files do not
+    say: without it answers run on more often. thinking: a Thinking model, whose card has none.
+    """
+    names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty")
     given = {name: generation_config.get(name) for name in names}
     if generation_config.get("do_sample") is not True:
         given["temperature"] = 0.0
+    elif given["presence_penalty"] is None and not thinking:
+        given["presence_penalty"] = _INSTRUCT_PRESENCE_PENALTY
     return SamplingParams().updated(given)
+
+
+def asked_params(
+    defaults: SamplingParams, params: SamplingParams | None, changes: Mapping[str, Any]
+) -> SamplingParams:
+    """A request's own wishes over `params`, or over a model's defaults.
+
+    A penalty that only belongs to the default sampling does not bend greedy answers.
+    """
+    wanted = (params or defaults).updated(changes)
+    own = changes.get("presence_penalty") is not None
+    if wanted.temperature == 0 and not own and (params or defaults) == defaults:
+        wanted = replace(wanted, presence_penalty=0.0)
+    return wanted
 
 
 @dataclass(frozen=True, eq=False)

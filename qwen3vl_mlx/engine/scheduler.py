@@ -82,7 +82,7 @@ class Scheduler:
     def __post_init__(self) -> None:
         self.batch = Batch(self.model)
         self.waiting: deque[Job] = deque()
-        self.reader = PromptReader(self.model, self.features)
+        self.reader: PromptReader[Job] = PromptReader(self.model, self.features)
         self.running: dict[int, Job] = {}  # by id of the row
         self.counts = _Counts()
 
@@ -91,8 +91,12 @@ class Scheduler:
         return bool(self.waiting or self.reader.jobs or self.running)
 
     @property
+    def idle(self) -> bool:
+        """Whether all that is asked waits for the disk."""
+        return not (self.reader.jobs or self.running)
+
+    @property
     def load(self) -> Load:
-        active = [*self.reader.jobs, *self.running.values()]
         return Load(
             len(self.waiting),
             len(self.reader.jobs),
@@ -100,7 +104,7 @@ class Scheduler:
             self.counts.steps,
             self.counts.finished,
             self.counts.failed,
-            self.admission.together(job.cost for job in active),
+            self.admission.together(self._costs()),
         )
 
     def add(self, handle: Handle, submitted: float) -> None:
@@ -163,7 +167,7 @@ class Scheduler:
         for job in list(self.waiting):
             if len(self.reader.jobs) + len(self.running) >= self.limits.max_batch:
                 return
-            if self._is_being_read(job.key):
+            if self._is_being_read(job.key) or not self._is_restored(job):
                 continue  # soon in the cache
             if not self._make_room(job.cost):
                 return
@@ -178,18 +182,31 @@ class Scheduler:
         shared = max((_shared(key, job.key) for job in self.reader.jobs), default=0)
         return shared >= _WORTH_WAITING and shared - self.prefix.peek(key) >= _WORTH_WAITING
 
+    def _is_restored(self, job: Job) -> bool:
+        """Whether nothing of the job's prompt is on its way from the disk."""
+        if self.prefix is None:
+            return True
+        if not job.asked_disk:
+            job.asked_disk, job.restoring = True, self.prefix.restore(job.key)
+        return job.restoring is None or job.restoring.done
+
     def _make_room(self, cost: Cost, own: Job | None = None) -> bool:
         """Whether a request of this cost may run too, after caches have given way.
 
         own: the job that has this cost, where it is active already.
         """
-        active = [*self.reader.jobs, *self.running.values()]
-        others = [job.cost for job in active if job is not own]
+        others = self._costs(without=own)
         over = self.admission.together([cost, *others]) - self.admission.available
         if over > 0:
             return not others  # alone it was found to fit
         self._shrink_caches(over)
         return True
+
+    def _costs(self, without: Job | None = None) -> list[Cost]:
+        """What every active request may come to use; a prompt that is read needs no more."""
+        reading, running = list(self.reader.jobs), list(self.running.values())
+        costs = [job.cost for job in reading if job is not without]
+        return costs + [job.cost.answering for job in running if job is not without]
 
     def _shrink_caches(self, over: int) -> None:
         """Let caches give way to requests that leave `-over` bytes."""
@@ -205,7 +222,8 @@ class Scheduler:
     def _begin(self, job: Job) -> None:
         layers = None
         if self.prefix is not None:
-            match = self.prefix.match(job.key)
+            match = self.prefix.match(job.key, job.restoring)
+            job.restoring = None
             job.cached = match.length
             if match.length:
                 bits = self.limits.kv_bits
@@ -230,6 +248,8 @@ class Scheduler:
                     done.append((job, self._first_token(job, job.prefill.hidden)))
         if done:
             self._join(done)
+        if self.speculation is not None and budget > 0 and self.batch.rows:
+            self.speculation.drafter.advance(budget)
 
     def _first_token(self, job: Job, last: mx.array) -> Drawn:
         """Draw a row's first token from its prompt's last hidden state (1, hidden_size)."""
@@ -308,7 +328,7 @@ class Scheduler:
 
     def _grow(self, job: Job) -> bool:
         """Reserve room for more tokens than were predicted for a request without max_tokens."""
-        more = job.grown(self.admission)
+        more = job.grown(self.admission).answering
         if not self._make_room(more, job):
             return False
         job.cost = more
@@ -339,9 +359,7 @@ class Scheduler:
             # Fed tokens are all read, but for one that a row leaving early may have on its way.
             key = job.key_with(job.row.tokens)
             self.prefix.insert(key, self.batch.rows_of(job.row, min(job.row.length, len(key))))
-        active = [*self.reader.jobs, *self.running.values()]
-        used = self.admission.together(job.cost for job in active)
-        self._shrink_caches(used - self.admission.available)
+        self._shrink_caches(self.admission.together(self._costs()) - self.admission.available)
 
     # The end
 

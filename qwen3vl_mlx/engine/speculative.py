@@ -228,7 +228,7 @@ class PromptLookup:
 
 
 class _Index:
-    """Where each run of n tokens stood last: sorted arrays for the prompt, a dict for the answer."""
+    """Where each run of n tokens stood last: arrays for the prompt, a dict for the answer."""
 
     def __init__(self, prompt_ids: npt.NDArray[np.int32], n: int):
         self.n = n

@@ -21,11 +21,12 @@ class TextStream:
         self.parser = OutputParser(thinking=request.thinking, tools=request.tools)
         self.found_stop = False
         self.found_eos = False
+        self.complete = False  # a grammar is satisfied, and only an end token could follow
         self.logprobs: list[TokenLogprob] = []  # of tokens whose text has not come out yet
 
     @property
     def ended(self) -> bool:
-        return self.found_stop or self.found_eos
+        return self.found_stop or self.found_eos or self.complete
 
     @property
     def finish_reason(self) -> FinishReason:
