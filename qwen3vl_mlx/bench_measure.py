@@ -18,10 +18,12 @@ import numpy as np
 
 from qwen3vl_mlx.api import Qwen3VL
 from qwen3vl_mlx.conversation import as_messages
+from qwen3vl_mlx.engine.engine import EngineOptions
 from qwen3vl_mlx.engine.output import collect
 from qwen3vl_mlx.engine.sampling import SamplingParams
 from qwen3vl_mlx.engine.vision import encode
 from qwen3vl_mlx.errors import Qwen3VLError
+from qwen3vl_mlx.jsonfiles import read_generation_config
 from qwen3vl_mlx.loading import default_dtype
 
 if TYPE_CHECKING:
@@ -118,6 +120,12 @@ def measure(model: Qwen3VL, image: Image, workload: Workload) -> Measured:
         "prompt_tokens": usage.prompt_tokens,
         "tokens": answer.handle.tokens,
     }
+
+
+def another_engine(model: Qwen3VL, options: EngineOptions) -> Qwen3VL:
+    """The same weights behind an engine of their own. Close it after use."""
+    settings = read_generation_config(model.source.folder)
+    return Qwen3VL(model.model, model.processor, settings, model.source, options)
 
 
 def max_rss_bytes() -> int:

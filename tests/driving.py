@@ -17,6 +17,7 @@ import pytest
 
 from qwen3vl_mlx.api import Qwen3VL
 from qwen3vl_mlx.engine import batch
+from qwen3vl_mlx.engine.constraints import Grammar
 from qwen3vl_mlx.engine.engine import Engine, EngineOptions
 from qwen3vl_mlx.engine.request import Handle
 from qwen3vl_mlx.engine.sampling import Row, SamplerState, SamplingParams
@@ -59,22 +60,39 @@ class Driver:
         )
         self.scheduler: Scheduler = engine.scheduler  # the engine's thread never starts
 
-    def ask(self, prompt: Prompt, max_tokens: int = 16, **params: Any) -> Handle:
+    def ask(
+        self,
+        prompt: Prompt,
+        max_tokens: int = 16,
+        *,
+        timeout: float | None = None,
+        submitted: float | None = None,
+        grammar: Grammar | None = None,
+        **params: Any,
+    ) -> Handle:
         """Put a request into the queue; it has no end token."""
         wanted = SamplingParams(**{"temperature": 0.0, "seed": next(_SEEDS), **params})
         wanted = replace(wanted, max_tokens=max_tokens)
-        request = self.model.request(prompt, wanted, tools=False, started=time.perf_counter())
-        request = replace(request, eos_token_ids=frozenset())
+        request = self.model.request(
+            prompt, wanted, tools=False, grammar=grammar, started=time.perf_counter()
+        )
+        request = replace(request, eos_token_ids=frozenset(), timeout=timeout)
         handle = Handle(request, self.scheduler.cancel)
-        self.scheduler.add(handle, time.perf_counter())
+        self.scheduler.add(handle, time.perf_counter() if submitted is None else submitted)
         return handle
+
+    def step(self) -> None:
+        for job in self.scheduler.waiting:
+            if job.restoring is not None:
+                job.restoring.future.result()  # the disk has a thread of its own
+        self.scheduler.step()
 
     def until(self, done: Callable[[], bool], most: int = 3000) -> int:
         """Step until something holds; returns how many steps that took."""
         for count in range(most):
             if done():
                 return count
-            self.scheduler.step()
+            self.step()
         raise AssertionError(f"not after {most} steps: {self.scheduler.load}")
 
     def finish(self, *handles: Handle) -> None:
@@ -84,7 +102,7 @@ class Driver:
     def drain(self) -> None:
         """Step until nothing is left to do, and then nothing may be held."""
         self.until(lambda: not self.scheduler.busy)
-        self.scheduler.step()  # tokens of rows that have left may still be on their way
+        self.step()  # tokens of rows that have left may still be on their way
         assert_nothing_held(self.scheduler)
 
     def logits(self, handle: Handle) -> npt.NDArray[np.float32]:

@@ -17,6 +17,7 @@ from qwen3vl_mlx.engine.sampling import (
     Row,
     SamplerState,
     SamplingParams,
+    asked_params,
     default_params,
     draw,
     nucleus,
@@ -106,10 +107,11 @@ def test_unknown_names_are_refused() -> None:
 
 @pytest.mark.parametrize("path", sorted(CHECKPOINTS.glob("*/generation_config.json")), ids=str)
 def test_defaults_of_released_models(path: Path) -> None:
-    expected = THINKING if path.parent.name.endswith("Thinking") else INSTRUCT
+    thinking = path.parent.name.endswith("Thinking")
+    expected = THINKING if thinking else INSTRUCT.updated({"presence_penalty": 1.5})
     if path.parent.name == "Qwen3-VL-235B-A22B-Thinking":
         expected = expected.updated({"temperature": 0.8})
-    assert default_params(json.loads(path.read_text())) == expected
+    assert default_params(json.loads(path.read_text()), thinking=thinking) == expected
 
 
 @pytest.mark.parametrize(
@@ -121,11 +123,35 @@ def test_defaults_of_released_models(path: Path) -> None:
             {"do_sample": False, "temperature": 0.7, "top_k": 5},
             SamplingParams(temperature=0, top_k=5),
         ),
-        ({"do_sample": True, "temperature": None, "min_p": 0.1}, SamplingParams(min_p=0.1)),
+        (
+            {"do_sample": True, "temperature": None, "min_p": 0.1},
+            SamplingParams(min_p=0.1, presence_penalty=1.5),
+        ),
+        ({"do_sample": True, "presence_penalty": 0.5}, SamplingParams(presence_penalty=0.5)),
     ],
 )
 def test_defaults(values: Mapping[str, Any], expected: SamplingParams) -> None:
     assert default_params(values) == expected
+
+
+CARD = default_params({"do_sample": True, "temperature": 0.7})
+
+
+@pytest.mark.parametrize(
+    ("params", "changes", "penalty"),
+    [
+        (None, {}, 1.5),
+        (None, {"temperature": 0.2}, 1.5),
+        (None, {"temperature": 0}, 0.0),  # greedy answers are those of the model's own logits
+        (None, {"temperature": 0, "presence_penalty": 0.7}, 0.7),
+        (SamplingParams(temperature=0, presence_penalty=0.3), {}, 0.3),
+        (CARD, {"temperature": 0}, 0.0),
+    ],
+)
+def test_the_card_s_penalty_leaves_greedy_answers_alone(
+    params: SamplingParams | None, changes: Mapping[str, Any], penalty: float
+) -> None:
+    assert asked_params(CARD, params, changes).presence_penalty == penalty
 
 
 # Draws.

@@ -128,7 +128,8 @@ class Admission:
     """The memory of one loaded model. Sizes in bytes.
 
     itemsize: of the model's numbers. chunk: tokens of a prompt read in one pass. fused: whether
-    the decoder's attention holds no scores.
+    the decoder's attention holds no scores. draft: of a model that reads every request, too; its
+    weights are among `weights`.
     """
 
     config: ModelConfig
@@ -139,6 +140,7 @@ class Admission:
     chunk: int = PREFILL_CHUNK
     fused: bool = True
     reserved: int = RESERVE
+    draft: Admission | None = None
 
     @classmethod
     def for_model(
@@ -165,6 +167,10 @@ class Admission:
             reserved,
         )
 
+    def beside(self, draft: Admission) -> Admission:
+        """With a draft model, which is loaded, too."""
+        return replace(self, weights=self.weights + draft.weights, draft=draft)
+
     @property
     def available(self) -> int:
         """What requests and caches may share; negative where the weights alone are too large."""
@@ -180,6 +186,16 @@ class Admission:
 
     def estimate(self, demand: Demand) -> Cost:
         """`cost`, from numbers alone."""
+        own = self._estimate(demand)
+        if self.draft is None:
+            return own
+        # It reads a prompt while the row decodes: what that takes is needed until the end.
+        other = self.draft.estimate(demand)
+        decode = own.decode + other.decode + other.features + max(other.vision, other.prefill)
+        cache, growth = own.cache + other.cache, own.growth + other.growth
+        return replace(own, cache=cache, decode=decode, growth=growth)
+
+    def _estimate(self, demand: Demand) -> Cost:
         text, vision = self.config.text, self.config.vision
         slots = _slots(demand.prompt_tokens + demand.max_tokens)
         cache = self._cache_bytes(slots)

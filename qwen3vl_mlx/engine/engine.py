@@ -19,7 +19,6 @@ from qwen3vl_mlx.engine.admission import Admission, memory_limit
 from qwen3vl_mlx.engine.constraints import GrammarCompiler
 from qwen3vl_mlx.engine.draft_model import DraftCheckpoint, DraftModel
 from qwen3vl_mlx.engine.feature_cache import FeatureCache, FeatureCacheStats
-from qwen3vl_mlx.engine.kv_cache import KVQuantization
 from qwen3vl_mlx.engine.prefix_cache import PrefixCache, PrefixStats
 from qwen3vl_mlx.engine.request import Handle, Request
 from qwen3vl_mlx.engine.scheduler import Limits, Load, Scheduler
@@ -83,6 +82,14 @@ class EngineOptions:
 
 
 @dataclass(frozen=True)
+class _Message:
+    """Something for the engine's thread to do, and whom to tell where that fails."""
+
+    run: Callable[[], None]
+    fail: Callable[[BaseException], None]
+
+
+@dataclass(frozen=True)
 class EngineStats:
     """What the engine is doing and what its caches did."""
 
@@ -104,6 +111,12 @@ class Engine:
             options.kv_bits,
             chunk=options.prefill_chunk,
         )
+        if (draft := options.draft) is not None:
+            draft.check(model, tokenizer)
+            other = Admission.for_model(
+                draft.model, admission.limit, options.kv_bits, chunk=options.interleave
+            )
+            admission = admission.beside(other)
         self.scheduler = Scheduler(
             model,
             tokenizer,
@@ -112,11 +125,10 @@ class Engine:
             _prefix_cache(model, options),
             FeatureCache(options.feature_cache_bytes),
             Limits(options.max_batch, options.prefill_chunk, options.interleave, options.kv_bits),
-            _speculation(model, tokenizer, options),
+            _speculation(model, options),
         )
-        self._inbox: deque[Callable[[], None]] = deque()
+        self._inbox: deque[_Message] = deque()
         self._wake = threading.Condition()
-        self._open = 0  # requests submitted and not ended
         self._closed = False
         self._thread: threading.Thread | None = None
 
@@ -132,21 +144,15 @@ class Engine:
                     f"{pending} requests are waiting and the queue holds "
                     f"{self.options.max_queue}; ask again later"
                 )
-            self._send(lambda: self.scheduler.add(handle, submitted))
+            self._send(_Message(lambda: self.scheduler.add(handle, submitted), handle.put))
         return handle
 
     def call(self, action: Callable[[], Result]) -> Result:
         """Run something on the owner thread between two steps, and wait for its result."""
         future: Future[Result] = Future()
-
-        def run() -> None:
-            try:
-                future.set_result(action())
-            except BaseException as error:  # noqa: BLE001
-                future.set_exception(error)  # raised where it was called
-
+        message = _Message(lambda: future.set_result(action()), future.set_exception)
         with self._wake:
-            self._send(run)
+            self._send(message)
         return future.result()
 
     @property
@@ -188,9 +194,9 @@ class Engine:
     def _cancel(self, handle: Handle) -> None:
         with self._wake:
             if not self._closed:
-                self._send(lambda: self.scheduler.cancel(handle))
+                self._send(_Message(lambda: self.scheduler.cancel(handle), handle.put))
 
-    def _send(self, message: Callable[[], None]) -> None:
+    def _send(self, message: _Message) -> None:
         """Put a message before the thread, which starts with the first. Holds the lock."""
         if self._closed:
             raise EngineClosedError("this engine is closed; load the model again")
@@ -208,8 +214,10 @@ class Engine:
         except BaseException as error:
             with self._wake:
                 self._closed = True
-            cause = f"the engine failed: {type(error).__name__}: {error}"
-            self.scheduler.abandon(EngineClosedError(cause))
+            cause = EngineClosedError(f"the engine failed: {type(error).__name__}: {error}")
+            self.scheduler.abandon(cause)
+            while self._inbox:
+                self._inbox.popleft().fail(cause)
             raise  # for threading.excepthook to print
         finally:
             mx.synchronize()
@@ -223,7 +231,7 @@ class Engine:
                     self._wake.wait()
                 closed = self._closed
             while self._inbox:
-                self._inbox.popleft()()
+                _deliver(self._inbox.popleft())
             if closed:
                 break
             scheduler.step()
@@ -245,14 +253,11 @@ def _prefix_cache(model: Model, options: EngineOptions) -> PrefixCache | None:
     return PrefixCache(options.prefix_cache_bytes, disk)
 
 
-def _speculation(model: Model, tokenizer: Tokenizer, options: EngineOptions) -> Speculation | None:
+def _speculation(model: Model, options: EngineOptions) -> Speculation | None:
     drafters: list[Drafter] = []
     if options.speculative == "lookup":
         drafters.append(Lookup())
     if (draft := options.draft) is not None:
-        draft.check(model, tokenizer)
-        if options.kv_bits is not None:
-            KVQuantization.of(options.kv_bits, draft.model.config.text.head_dim)
         prefix = options.prefix_cache_bytes // _DRAFT_SHARE
         features = FeatureCache(options.feature_cache_bytes // _DRAFT_SHARE)
         held = PrefixCache(prefix) if prefix else None
@@ -261,6 +266,15 @@ def _speculation(model: Model, tokenizer: Tokenizer, options: EngineOptions) -> 
         return None
     drafter = drafters[0] if len(drafters) == 1 else Either(*drafters)
     return Speculation(drafter, model.config.text, options.draft_tokens)
+
+
+def _deliver(message: _Message) -> None:
+    try:
+        message.run()
+    except BaseException as error:
+        message.fail(error)
+        if not isinstance(error, Exception):
+            raise
 
 
 def _close(engine: weakref.ref[Engine]) -> None:

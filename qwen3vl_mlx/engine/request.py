@@ -99,10 +99,14 @@ class Handle:
 
 
 class Stream:
-    """An answer's chunks for one reader: closing it, or dropping it, ends the work."""
+    """An answer's chunks for one reader: closing it, or dropping it, ends the work.
 
-    def __init__(self, handle: Handle):
+    owner: what must live as long as the answer is read.
+    """
+
+    def __init__(self, handle: Handle, owner: object = None):
         self.handle = handle
+        self.owner = owner
         self._chunks = iter(handle)
         self._closed = False
 

@@ -288,7 +288,9 @@ def draw(logits: mx.array, rows: Sequence[Row]) -> tuple[mx.array, list[SamplerS
         place = np.argsort(np.concatenate([np.array(g) for g in groups.values()]))
         tokens = mx.concatenate(parts)[mx.array(place)]
     tokens = tokens.astype(mx.int32)  # (B,)
-    return tokens, [row.sampler.after(row.state, tokens[i]) for i, row in enumerate(rows)]
+    # A slice for each row is work: only for those who count.
+    counted = (0 if row.state.counts is None else tokens[i] for i, row in enumerate(rows))
+    return tokens, [row.sampler.after(row.state, x) for row, x in zip(rows, counted, strict=True)]
 
 
 def _constrained(logits: mx.array, row: Row) -> mx.array:

@@ -13,7 +13,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import mlx.core as mx
-import numpy as np
 
 from qwen3vl_mlx.engine import kv_cache
 from qwen3vl_mlx.engine.admission import Admission, Cost
@@ -25,6 +24,7 @@ from qwen3vl_mlx.engine.logprobs import to_host
 from qwen3vl_mlx.engine.output import FinishReason
 from qwen3vl_mlx.engine.prefill import Prefill
 from qwen3vl_mlx.engine.prefix_cache import Key, PrefixCache
+from qwen3vl_mlx.engine.radix import shared_prefix
 from qwen3vl_mlx.engine.reader import PromptReader
 from qwen3vl_mlx.engine.request import Handle
 from qwen3vl_mlx.engine.speculative import Speculation
@@ -179,7 +179,9 @@ class Scheduler:
         """Whether a prompt that begins like this one is on its way into the prefix cache."""
         if self.prefix is None:
             return False
-        shared = max((_shared(key, job.key) for job in self.reader.jobs), default=0)
+        shared = max(
+            (shared_prefix(key.values, job.key.values) for job in self.reader.jobs), default=0
+        )
         return shared >= _WORTH_WAITING and shared - self.prefix.peek(key) >= _WORTH_WAITING
 
     def _is_restored(self, job: Job) -> bool:
@@ -395,10 +397,3 @@ class Scheduler:
         if job.row is not None:
             self._keep([row for row in self.batch.rows if row is not job.row])
             self.running.pop(id(job.row), None)
-
-
-def _shared(a: Key, b: Key) -> int:
-    """Tokens with which both begin."""
-    count = min(len(a), len(b))
-    differing = np.flatnonzero(a.values[:count] != b.values[:count])
-    return int(differing[0]) if len(differing) else count

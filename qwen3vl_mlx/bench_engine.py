@@ -1,0 +1,218 @@
+"""`python -m qwen3vl_mlx.bench --engine`: what the caches, the batch and speculation bring.
+
+Every answer is compared with the one that the same conversation got alone, with caches off. Answers
+are greedy; where tokens per second count, they go on past end tokens to their full length, and are
+compared up to their first one.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import median
+from typing import Any, TypeAlias, TypedDict
+
+import mlx.core as mx
+
+from qwen3vl_mlx.api import Qwen3VL
+from qwen3vl_mlx.bench_measure import another_engine
+from qwen3vl_mlx.demo.scenes import make_scene
+from qwen3vl_mlx.engine.engine import EngineOptions
+from qwen3vl_mlx.engine.output import Usage, collect
+from qwen3vl_mlx.engine.sampling import SamplingParams
+from qwen3vl_mlx.loading import default_dtype
+from qwen3vl_mlx.processing.processor import Messages
+
+Answer: TypeAlias = "list[int]"  # token ids up to an end token
+
+AT_ONCE = 8
+SMALL_PIXELS = 65_536  # of each of the pictures that are asked about at once, if not fewer
+FIRST, SECOND = "Describe the image.", "What color is the background?"
+COPIED = "Detect all shapes."
+EACH = (
+    "Describe the image.", "What do you see?", "How many shapes are there?",
+    "What color is the background?", "Detect all shapes.", "What is in the image?",
+    "Count the shapes.", "Locate all shapes.",
+)  # fmt: skip
+
+_ALONE = EngineOptions(max_batch=1, prefix_cache_bytes=0, feature_cache_bytes=0)
+CAPTIONS = {
+    "first_sec": "first question",
+    "second_sec": "second question, same chat",
+    "same_sec": "new chat, same picture first",
+    "words_first_sec": "words first, new picture",
+    "moved_sec": "words first, known picture",
+    "other_sec": "other picture, same words",
+    "new_in_turn_per_sec": "new pictures, one by one",
+    "new_at_once_per_sec": "new pictures, at once",
+    "known_in_turn_per_sec": "known pictures, one by one",
+    "known_at_once_per_sec": "known pictures, at once",
+    "copied_per_sec": "copying",
+    "copied_per_step": "copying, speculative",
+}
+GAINS = {  # what is how many times as good as what
+    "second question": ("first_sec", "second_sec"),
+    "same picture, new chat": ("first_sec", "same_sec"),
+    "same picture, moved": ("words_first_sec", "moved_sec"),
+    "at once, new pictures": ("new_at_once_per_sec", "new_in_turn_per_sec"),
+    "at once, known pictures": ("known_at_once_per_sec", "known_in_turn_per_sec"),
+}
+
+
+@dataclass(frozen=True)
+class EngineWorkload:
+    """Conversations by name, with pictures as files of their final size."""
+
+    model: str  # folder
+    pixels: int
+    small_pixels: int
+    max_tokens: int
+    float32: bool
+    end_tokens: tuple[int, ...]
+    conversations: Mapping[str, Messages]
+
+
+class Round(TypedDict):
+    """One round. `right`: for a measurement, how many answers of how many were as alone."""
+
+    values: dict[str, float]
+    right: dict[str, tuple[int, int]]
+
+
+def make_workload(
+    model: Qwen3VL, checkpoint: Path, folder: Path, *, pixels: int, max_tokens: int
+) -> tuple[EngineWorkload, dict[str, Answer]]:
+    """Draw pictures into `folder`, make up conversations, and answer each alone."""
+    factor = model.processor.settings.factor
+    small = min(pixels, SMALL_PIXELS)
+    large_pictures = [_draw(folder, seed, pixels, factor) for seed in (1, 2)]
+    pictures = [_draw(folder, seed, small, factor) for seed in range(3, 3 + AT_ONCE)]
+    picture, other = large_pictures
+    work = EngineWorkload(
+        model=str(checkpoint),
+        pixels=pixels,
+        small_pixels=small,
+        max_tokens=max_tokens,
+        float32=default_dtype() == mx.float32,
+        end_tokens=tuple(sorted(model.eos_token_ids)),
+        conversations={
+            "first": [_user(picture, FIRST)],
+            "same": [_user(picture, SECOND)],
+            "moved": [_user(SECOND, picture)],
+            "other": [_user(other, FIRST)],
+            "copied": [_user(pictures[0], COPIED)],
+            **{str(i): [_user(p, EACH[i])] for i, p in enumerate(pictures)},
+        },
+    )
+    alone = another_engine(model, _ALONE)
+    answers = {name: _ask(alone, work, name)[0] for name in work.conversations}
+    decode = model.processor.tokenizer.decode
+    later = {
+        name: [*work.conversations[name], _assistant(decode(answers[name])), _user(question)]
+        for name, question in (("first", SECOND), ("copied", COPIED))
+    }
+    conversations = {**work.conversations, "second": later["first"], "copied": later["copied"]}
+    work = replace(work, conversations=conversations)
+    answers |= {name: _ask(alone, work, name)[0] for name in ("second", "copied")}
+    alone.close()
+    return work, answers
+
+
+def _draw(folder: Path, seed: int, pixels: int, factor: int) -> Path:
+    from PIL import Image
+
+    side = max(1, round(math.sqrt(pixels) / factor)) * factor
+    path = folder / f"{seed}-{side}.png"
+    scene = make_scene(seed, kind="shapes").draw()
+    scene.resize((side, side), Image.Resampling.NEAREST).save(path)
+    return path
+
+
+def _user(*parts: Path | str) -> dict[str, Any]:
+    content = [
+        {"type": "text", "text": part}
+        if isinstance(part, str)
+        else {"type": "image", "image": str(part)}
+        for part in parts
+    ]
+    return {"role": "user", "content": content}
+
+
+def _assistant(text: str) -> dict[str, Any]:
+    return {"role": "assistant", "content": [{"type": "text", "text": text}]}
+
+
+def _ask(
+    model: Qwen3VL, work: EngineWorkload, name: str, *, full: bool = False
+) -> tuple[Answer, Usage]:
+    """Answer a conversation; `full` goes on past end tokens."""
+    answer = model.stream(
+        work.conversations[name],
+        params=SamplingParams(temperature=0, max_tokens=work.max_tokens, ignore_eos=full),
+        min_pixels=work.small_pixels,
+        max_pixels=work.pixels,
+    )
+    usage = collect(answer).usage
+    return up_to_end(answer.handle.tokens, work.end_tokens), usage
+
+
+def up_to_end(tokens: Sequence[int], end_tokens: Sequence[int]) -> Answer:
+    """The tokens before the first end token."""
+    ends = [i for i, token in enumerate(tokens) if token in end_tokens]
+    return list(tokens[: ends[0]] if ends else tokens)
+
+
+def measure(
+    model: Qwen3VL, guessing: Qwen3VL, work: EngineWorkload, alone: Mapping[str, Answer]
+) -> Round:
+    """One round with empty caches. guessing: the same model with prompt lookup."""
+    result: Round = {"values": {}, "right": {}}
+    _measure_caches(model, work, alone, result)
+    _measure_batch(model, work, alone, result)
+    plain, copied = _copy(model, work), _copy(guessing, work)
+    result["values"]["copied_per_sec"] = plain[1].avg_compl_tok_per_sec
+    usage = copied[1]
+    # The first token comes from the prompt's pass.
+    result["values"]["copied_per_step"] = (usage.completion_tokens - 1) / usage.decode_steps
+    result["right"]["copied_per_step"] = (int(copied[0] == alone["copied"]), 1)
+    return result
+
+
+def _measure_caches(
+    model: Qwen3VL, work: EngineWorkload, alone: Mapping[str, Answer], result: Round
+) -> None:
+    model.engine.clear_caches()
+    # "other" has the same grid as "first": only the pictures tell them apart.
+    for name, cold in (
+        ("first", False), ("second", False), ("same", False), ("other", False),
+        ("words_first", True), ("first", True), ("moved", False),
+    ):  # fmt: skip
+        if cold:
+            model.engine.clear_caches()
+        answer, usage = _ask(model, work, "moved" if name == "words_first" else name)
+        if name == "first" and cold:
+            continue  # it only shows the picture
+        result["values"][f"{name}_sec"] = usage.time_to_first_token_sec
+        expected = alone["moved" if name == "words_first" else name]
+        result["right"][f"{name}_sec"] = (int(answer == expected), 1)
+
+
+def _measure_batch(
+    model: Qwen3VL, work: EngineWorkload, alone: Mapping[str, Answer], result: Round
+) -> None:
+    names = [str(i) for i in range(AT_ONCE)]
+    for threads, how in ((1, "in_turn"), (AT_ONCE, "at_once")):
+        model.engine.clear_caches()
+        for state in ("new", "known"):
+            began = time.perf_counter()
+            with ThreadPoolExecutor(threads) as pool:
+                answers = list(pool.map(lambda name: _ask(model, work, name, full=True), names))
+            tokens = sum(usage.completion_tokens for _, usage in answers)
+            key = f"{state}_{how}_per_sec"
+            result["values"][key] = tokens / (time.perf_counter() - began)
+            right = sum(answer == alone[name] for name, (answer, _) in zip(names, answers))
+            result["right"][key] = (right, len(names))
