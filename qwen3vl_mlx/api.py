@@ -113,7 +113,7 @@ class Qwen3VL:
 
     def _new_engine(self, options: EngineOptions) -> Engine:
         engine = Engine(self.model, self.processor.tokenizer, self.compiler, options)
-        weakref.finalize(self, engine.close)  # its thread would hold the weights
+        self._stop = weakref.finalize(self, engine.close)  # its thread would hold the weights
         return engine
 
     @property
@@ -288,7 +288,7 @@ class Qwen3VL:
 
     def run(self, request: Request) -> Stream:
         """Answer a request from `request()`."""
-        return Stream(self.engine.submit(request))
+        return Stream(self.engine.submit(request), self)
 
     def repeat(self, stream: Stream, count: int) -> list[Stream]:
         """The same request `count` more times, with the seeds that follow its own.
@@ -305,7 +305,7 @@ class Qwen3VL:
 
     def close(self) -> None:
         """End all answers as cancelled, and write what `cache_folder` is to keep."""
-        self.engine.close()
+        self._stop()
 
     def requantize(
         self,
@@ -332,7 +332,7 @@ class Qwen3VL:
         config = read_config(self.source.folder)
         dtype = self.model.vision_tower.patch_embed.proj.weight.dtype
         self.model = load_weights(self.source.folder, config, quantize, topology, dtype, progress)
-        self.engine.close()
+        self._stop()
         self.engine = self._new_engine(self.engine.options)
         mx.clear_cache()
         wire_memory()

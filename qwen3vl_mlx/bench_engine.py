@@ -52,7 +52,7 @@ CAPTIONS = {
     "known_in_turn_per_sec": "known pictures, one by one",
     "known_at_once_per_sec": "known pictures, at once",
     "copied_per_sec": "copying",
-    "copied_per_step": "copying, speculative",
+    "copied_guessing_per_sec": "copying, prompt lookup",
 }
 GAINS = {  # what is how many times as good as what
     "second question": ("first_sec", "second_sec"),
@@ -60,6 +60,7 @@ GAINS = {  # what is how many times as good as what
     "same picture, moved": ("words_first_sec", "moved_sec"),
     "at once, new pictures": ("new_at_once_per_sec", "new_in_turn_per_sec"),
     "at once, known pictures": ("known_at_once_per_sec", "known_in_turn_per_sec"),
+    "copying, prompt lookup": ("copied_guessing_per_sec", "copied_per_sec"),
 }
 
 
@@ -173,32 +174,33 @@ def measure(
     result: Round = {"values": {}, "right": {}}
     _measure_caches(model, work, alone, result)
     _measure_batch(model, work, alone, result)
-    plain, copied = _copy(model, work), _copy(guessing, work)
-    result["values"]["copied_per_sec"] = plain[1].avg_compl_tok_per_sec
-    usage = copied[1]
-    # The first token comes from the prompt's pass.
-    result["values"]["copied_per_step"] = (usage.completion_tokens - 1) / usage.decode_steps
-    result["right"]["copied_per_step"] = (int(copied[0] == alone["copied"]), 1)
+    _measure_copying(model, guessing, work, alone, result)
     return result
+
+
+# Conversation, what its first token is measured as, and whether the caches are emptied before it.
+# "other" has the grid and the words of "first": only the pictures tell them apart.
+STEPS: tuple[tuple[str, str, bool], ...] = (
+    ("first", "first_sec", True),
+    ("second", "second_sec", False),
+    ("same", "same_sec", False),
+    ("other", "other_sec", False),
+    ("moved", "words_first_sec", True),
+    ("first", "", True),
+    ("moved", "moved_sec", False),
+)
 
 
 def _measure_caches(
     model: Qwen3VL, work: EngineWorkload, alone: Mapping[str, Answer], result: Round
 ) -> None:
-    model.engine.clear_caches()
-    # "other" has the same grid as "first": only the pictures tell them apart.
-    for name, cold in (
-        ("first", False), ("second", False), ("same", False), ("other", False),
-        ("words_first", True), ("first", True), ("moved", False),
-    ):  # fmt: skip
-        if cold:
+    for name, key, empty in STEPS:
+        if empty:
             model.engine.clear_caches()
-        answer, usage = _ask(model, work, "moved" if name == "words_first" else name)
-        if name == "first" and cold:
-            continue  # it only shows the picture
-        result["values"][f"{name}_sec"] = usage.time_to_first_token_sec
-        expected = alone["moved" if name == "words_first" else name]
-        result["right"][f"{name}_sec"] = (int(answer == expected), 1)
+        answer, usage = _ask(model, work, name)
+        if key:
+            result["values"][key] = usage.time_to_first_token_sec
+            result["right"][key] = (int(answer == alone[name]), 1)
 
 
 def _measure_batch(
@@ -214,5 +216,22 @@ def _measure_batch(
             tokens = sum(usage.completion_tokens for _, usage in answers)
             key = f"{state}_{how}_per_sec"
             result["values"][key] = tokens / (time.perf_counter() - began)
-            right = sum(answer == alone[name] for name, (answer, _) in zip(names, answers))
+            pairs = zip(names, answers, strict=True)
+            right = sum(answer == alone[name] for name, (answer, _) in pairs)
             result["right"][key] = (right, len(names))
+
+
+def _measure_copying(
+    model: Qwen3VL,
+    guessing: Qwen3VL,
+    work: EngineWorkload,
+    alone: Mapping[str, Answer],
+    result: Round,
+) -> None:
+    """A question whose answer has been given before in the same conversation."""
+    for asked, key in ((model, "copied_per_sec"), (guessing, "copied_guessing_per_sec")):
+        answer, usage = _ask(asked, work, "copied")
+        result["values"][key] = usage.avg_compl_tok_per_sec
+        result["right"][key] = (int(answer == alone["copied"]), 1)
+    # The first token comes from the prompt's pass.
+    result["values"]["copied_per_step"] = (usage.completion_tokens - 1) / usage.decode_steps

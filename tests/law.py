@@ -142,7 +142,6 @@ def one_shot(
 ) -> Run:
     state = empty(model, kv_bits)
     rows = pass_through(model, prompt, state, 0, chunk)
-    state.extend(prompt)
     return go_on(model, prompt, state, rows)
 
 

@@ -136,7 +136,8 @@ def continuation(
 ) -> list[int]:
     """`count` greedy tokens after prompt and tokens, read at once."""
     prefill = Prefill(model.model, prompt, kv_cache.new_layers(model.model.config.text, bits))
-    prefill.give(encode(model.model.vision_tower, prompt.media))
+    if prompt.media:
+        prefill.give(encode(model.model.vision_tower, prompt.media))
     prefill.step(10**6)
     found: list[int] = []
     fed = tokens

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TypeAlias
 
+import mlx.core as mx
 import numpy as np
 import pytest
 from asking import about, script
 from driving import Driver
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from law import user
 from PIL.Image import Image
 
 from qwen3vl_mlx.api import Qwen3VL, load
+from qwen3vl_mlx.engine import batch
 from qwen3vl_mlx.engine.engine import EngineOptions
+from qwen3vl_mlx.engine.sampling import Row, SamplerState
 from qwen3vl_mlx.engine.speculative import (
     MOST_DRAFTED,
     Lookup,
@@ -126,3 +130,24 @@ def test_passes_stay_within_the_fast_kernels(
         demo.model.config.text, num_attention_heads=heads, num_key_value_heads=kv_heads
     )
     assert Speculation(Lookup(), config, MOST_DRAFTED).longest(rows) == longest
+
+
+def test_nobody_waits_for_an_answer_that_copies_nothing(
+    monkeypatch: pytest.MonkeyPatch, tiny_model: Models, drive: Drive
+) -> None:
+    """Its steps are queued one ahead, as without."""
+    model = tiny_model("dense64")
+    driver = drive(model, speculative="lookup")
+    said = np.random.RandomState(0).permutation(900).tolist()
+
+    def scripted(_: mx.array, rows: Sequence[Row]) -> tuple[mx.array, list[SamplerState]]:
+        tokens = [said[row.state.step] for row in rows]
+        states = [row.sampler.after(row.state, t) for row, t in zip(rows, tokens, strict=True)]
+        return mx.array(tokens, mx.int32), states
+
+    verified: list[int] = []
+    monkeypatch.setattr(batch, "draw", scripted)
+    monkeypatch.setattr(batch.Batch, "verify", lambda *_: verified.append(1))
+    handle = driver.ask(model.processor.prompt([user("Tell me of the sea.")]), 100)
+    driver.until(lambda: handle.phase == "done" or bool(verified))
+    assert handle.tokens == said[:100]

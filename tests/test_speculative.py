@@ -246,8 +246,9 @@ RULES: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("rules", RULES)
-@pytest.mark.parametrize("guess", [*GUESSES, "lookup"])
+@pytest.mark.parametrize("guess", [*GUESSES, "forbidden", "lookup"])
 def test_a_grammar_holds(demo: Qwen3VL, scene: Image, rules: str, guess: str) -> None:
+    guesses = {**GUESSES, "forbidden": lambda rest: [0] * len(rest)}
     prompt = demo.processor.prompt(about(scene))
     params = SamplingParams(temperature=1.0, seed=5, max_tokens=48)
     grammar = parse_grammar(
@@ -270,13 +271,15 @@ def test_a_grammar_holds(demo: Qwen3VL, scene: Image, rules: str, guess: str) ->
 
     for thinking in (False, True):
         tokens, expected = run(None, thinking)
-        drafter = Lookup() if guess == "lookup" else Told({5: tokens}, GUESSES[guess])
+        drafter = Lookup() if guess == "lookup" else Told({5: tokens}, guesses[guess])
         got_tokens, got = run(drafter, thinking)
         assert got_tokens == tokens
         assert (got.text, got.reasoning) == (expected.text, expected.reasoning)
         assert got.finish_reason == expected.finish_reason
         if guess == "right":
             assert got.usage.accepted_tokens == got.usage.drafted_tokens > 0
+        elif guess == "forbidden" and rules == "regex" and not thinking:
+            assert got.usage.drafted_tokens == 0  # what the grammar forbids is not verified
 
 
 @pytest.mark.parametrize(

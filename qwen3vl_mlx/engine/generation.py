@@ -1,6 +1,6 @@
 """One sequence from prompt to tokens: chunked prefill, then decoding one token ahead of the host.
 
-Knows tokens, positions and features; nothing of text, images or front ends.
+For work that is not a request: evaluation and calibration. Requests go through the engine.
 """
 
 from __future__ import annotations
@@ -23,18 +23,15 @@ _CLEAR_EVERY = 256  # decode steps between returns of MLX's free buffers
 def prefill(
     model: Model, prompt: Prompt, state: CacheState, chunk: int = PREFILL_CHUNK
 ) -> mx.array:
-    """Bring `state` to hold all of `prompt`; returns the last token's logits, (vocab_size,).
+    """Bring an empty `state` to hold all of `prompt`; the last token's logits, (vocab_size,).
 
-    What the state shares with the prompt is kept, and only images after it are encoded. Chunks
-    may end anywhere, inside an image too: features travel with their rows.
+    Chunks may end anywhere, inside an image too: features travel with their rows.
     """
-    start = state.reuse(prompt)
     last = mx.array([])
-    for hidden in forward(model, prompt, state, start, chunk):  # at least one: see reuse()
+    for hidden in forward(model, prompt, state, 0, chunk):
         before, last = last, hidden[:, -1:]
         mx.async_eval(state.arrays(), last)
         mx.eval(before)  # two chunks in flight: the device is busy, and memory stays bounded
-    state.extend(prompt)
     return model.language_model.logits(last)[0, 0]
 
 
@@ -75,7 +72,6 @@ def decode(
         if following is None:
             yield value
             return
-        state.token_ids.append(value)
         token = following
         yield value
         if count % _CLEAR_EVERY == 1:  # first of all, what prefill left

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-import asyncio
 import threading
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Literal, TypeAlias
+from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from qwen3vl_mlx.engine.constraints import Grammar
 from qwen3vl_mlx.engine.output import Chunk, Completion, collect
 from qwen3vl_mlx.engine.sampling import SamplingParams
 from qwen3vl_mlx.processing.prompt import Prompt
+
+if TYPE_CHECKING:
+    import asyncio
 
 Phase: TypeAlias = Literal["waiting", "prefilling", "running", "done"]
 
@@ -80,6 +82,8 @@ class Handle:
             yield self._opened(item)
 
     async def __aiter__(self) -> AsyncIterator[Chunk]:
+        import asyncio  # 10 ms that scripts need not pay
+
         event = asyncio.Event()
         with self._ready:
             self._waiter = (asyncio.get_running_loop(), event)
