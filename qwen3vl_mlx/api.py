@@ -26,6 +26,7 @@ from qwen3vl_mlx import hub
 from qwen3vl_mlx.conversation import Chat, VideoSource, as_messages
 from qwen3vl_mlx.engine import generation
 from qwen3vl_mlx.engine.constraints import GrammarCompiler
+from qwen3vl_mlx.engine.draft_model import DraftCheckpoint
 from qwen3vl_mlx.engine.engine import Engine, EngineOptions
 from qwen3vl_mlx.engine.grammar import Grammar, parse_grammar
 from qwen3vl_mlx.engine.memory import wire_memory
@@ -41,7 +42,7 @@ from qwen3vl_mlx.models.config import read_config
 from qwen3vl_mlx.models.qwen3_vl import Model
 from qwen3vl_mlx.processing.processor import MaxPixels, Messages, Processor
 from qwen3vl_mlx.processing.prompt import Prompt
-from qwen3vl_mlx.processing.tokenizer import end_token_ids
+from qwen3vl_mlx.processing.tokenizer import Tokenizer, end_token_ids
 from qwen3vl_mlx.processing.truncation import shorten
 from qwen3vl_mlx.weights import load_weights
 
@@ -60,6 +61,7 @@ def load(
     dtype: mx.Dtype | None = None,
     revision: str | None = None,
     engine: EngineOptions | None = None,
+    draft: str | os.PathLike[str] | None = None,
     progress: bool = False,
 ) -> Qwen3VL:
     """Load a checkpoint: a folder, a Hub id, or "demo".
@@ -69,8 +71,9 @@ def load(
     mistral.rs ("q4k"), or a `Recipe`: weights are quantized as they are read, and the whole model
     is never held. topology: a YAML file of exceptions to it. dtype None keeps the checkpoint's
     floating-point type on a GPU and is float32 on a CPU. engine: caches, batch size and memory
-    limit, see `EngineOptions`. progress shows a bar on a terminal where
-    reading the weights takes over a second. Raises CheckpointError, ConfigError, WeightsError,
+    limit, see `EngineOptions`. draft: a smaller checkpoint of the family that guesses ahead; the
+    answers stay what they are, and come faster where it guesses well. progress shows a bar on a
+    terminal where reading the weights takes over a second. Raises CheckpointError, ConfigError, WeightsError,
     HubError, or InputError for an unknown quantization.
     """
     source = hub.snapshot(hub.default_model() if model is None else model, revision)
@@ -79,9 +82,21 @@ def load(
     with ThreadPoolExecutor(max_workers=1) as pool:
         processor = pool.submit(Processor.from_folder, source.folder, config)
         weights = load_weights(source.folder, config, quantize, topology, dtype, progress)
+    options = engine or EngineOptions()
+    if draft is not None:
+        options = replace(options, draft=_load_draft(draft, dtype, progress))
     wire_memory()
     generation_config = read_generation_config(source.folder)
-    return Qwen3VL(weights, processor.result(), generation_config, source, engine)
+    return Qwen3VL(weights, processor.result(), generation_config, source, options)
+
+
+def _load_draft(
+    draft: str | os.PathLike[str], dtype: mx.Dtype | None, progress: bool
+) -> DraftCheckpoint:
+    folder = hub.snapshot(draft).folder
+    config = read_config(folder)
+    model = load_weights(folder, config, None, None, dtype, progress)
+    return DraftCheckpoint(model, Tokenizer.from_folder(folder))
 
 
 class Qwen3VL:

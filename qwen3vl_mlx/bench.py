@@ -1,14 +1,14 @@
 """`python -m qwen3vl_mlx.bench`: what one picture and one answer cost on this machine.
 
-`--compare-mlx-vlm PYTHON` lets mlx-vlm do the same work under its own interpreter, turn about with
-ours so that a busy machine disturbs both alike.
+`--engine` measures conversations and requests at once instead, and `--soak` looks for lost or wrong
+answers among many. `--compare-mlx-vlm PYTHON` lets mlx-vlm do the same work under its own
+interpreter, turn about with ours so that a busy machine disturbs both alike.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 from qwen3vl_mlx import cli
 
 if TYPE_CHECKING:
+    from qwen3vl_mlx.api import Qwen3VL
     from qwen3vl_mlx.bench_measure import Workload
 
 _OURS = "qwen3vl_mlx"
@@ -36,6 +37,16 @@ _EPILOG = """measurements, each the median of --runs, after one more run that is
 
 Decoding is greedy and goes on past end tokens. On a CPU both sides compute in float32, except in
 `start`, where each does as its command line does by default.
+
+--engine measures, each with how many answers are as those of the same question asked alone with
+caches off: time to the first token of a second question in a conversation, of the same picture in
+another one, there also after other words, and of another picture; tokens per second of eight
+questions about eight pictures, one after another and at once, for new and for known pictures; and
+tokens per pass of the decoder where an answer copies one given before, by prompt lookup.
+
+--soak asks short questions about drawn pictures, some of which are cancelled on the way, and
+compares every answer with the one that the same question got alone. The exit status is 1 where
+an answer is lost or wrong. It needs a model that knows such pictures: demo.
 """
 _CAPTIONS = {
     "import_sec": "import",
@@ -59,7 +70,10 @@ def parser(prog: str) -> argparse.ArgumentParser:
     )
     p.add_argument("--model", default="demo", help='folder, Hub id or "demo" (default: demo)')
     p.add_argument(
-        "--pixels", type=int, default=65536, metavar="N", help="of the picture (default 65,536)"
+        "--pixels",
+        type=int,
+        metavar="N",
+        help="of the picture (default 65,536; with --engine 262,144)",
     )
     p.add_argument(
         "--prompt-tokens", type=int, default=32, metavar="N", help="of text, about (default 32)"
@@ -68,6 +82,11 @@ def parser(prog: str) -> argparse.ArgumentParser:
         "--max-tokens", type=int, default=64, metavar="N", help="of the answer (default 64)"
     )
     p.add_argument("--runs", type=int, default=5, metavar="N", help="(default 5)")
+    p.add_argument("--engine", action="store_true", help="measure caches, batch and speculation")
+    p.add_argument("--soak", type=int, metavar="N", help="ask N questions, look at each answer")
+    p.add_argument(
+        "--at-once", type=int, default=8, metavar="N", help="of the questions of --soak (default 8)"
+    )
     p.add_argument("--no-start", action="store_true", help="leave out import and start")
     p.add_argument("--no-warm-up", action="store_true", help="count the first run too")
     p.add_argument(
@@ -90,8 +109,13 @@ def bench(args: argparse.Namespace) -> None:
     from qwen3vl_mlx import hub
     from qwen3vl_mlx.errors import InputError
 
+    if args.pixels is None:
+        args.pixels = 262_144 if args.engine else 65_536
     # The first token of an answer is no part of `decode`.
-    for option, least in (("pixels", 1), ("prompt_tokens", 1), ("max_tokens", 2), ("runs", 1)):
+    least_of = {"pixels": 1, "prompt_tokens": 1, "max_tokens": 2, "runs": 1, "at_once": 1}
+    if args.soak is not None:
+        least_of["soak"] = 1
+    for option, least in least_of.items():
         if (value := vars(args)[option]) < least:
             raise InputError(f"--{option.replace('_', '-')} must be at least {least}, got {value}")
     if args.topology is not None and args.quantize is None:
@@ -99,27 +123,40 @@ def bench(args: argparse.Namespace) -> None:
     checkpoint = hub.resolve(args.model)
 
     from qwen3vl_mlx.api import load
-    from qwen3vl_mlx.bench_measure import make_workload, measure, start_times
-    from qwen3vl_mlx.media import load_image
 
-    rounds: dict[str, list[dict[str, Any]]] = {_OURS: []}
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         if args.quantize is not None:
             checkpoint = quantized_copy(args, checkpoint, folder / "quantized")
         model = load(checkpoint)
-        workload = make_workload(
-            model,
-            checkpoint,
-            folder,
-            pixels=args.pixels,
-            prompt_tokens=args.prompt_tokens,
-            max_tokens=args.max_tokens,
-        )
-        image = load_image(workload.image)
+        if args.soak is not None:
+            soak(args, model)
+        elif args.engine:
+            compare_engines(args, model, checkpoint, folder)
+        else:
+            compare(args, model, checkpoint, folder)
+
+
+def compare(args: argparse.Namespace, model: Qwen3VL, checkpoint: Path, folder: Path) -> None:
+    """Measure one picture and one answer, and print."""
+    from qwen3vl_mlx.bench_measure import Peer, make_workload, measure, start_times
+    from qwen3vl_mlx.media import load_image
+
+    workload = make_workload(
+        model,
+        checkpoint,
+        folder,
+        pixels=args.pixels,
+        prompt_tokens=args.prompt_tokens,
+        max_tokens=args.max_tokens,
+    )
+    image = load_image(workload.image)
+    rounds: dict[str, list[dict[str, Any]]] = {_OURS: []}
+    with ExitStack() as stack:
         peer: Peer | None = None
         if args.compare_mlx_vlm is not None:
-            peer = stack.enter_context(Peer(args.compare_mlx_vlm, workload))
+            peer = Peer(args.compare_mlx_vlm, "bench_peer.py", asdict(workload))
+            stack.enter_context(peer)
             rounds[peer.name] = []
         for _ in range(args.runs + (not args.no_warm_up)):
             starts = {} if args.no_start else start_times(sys.executable, _OURS, workload)
@@ -129,6 +166,47 @@ def bench(args: argparse.Namespace) -> None:
                 rounds[peer.name].append({**starts, **peer.measure()})
     report = make_report(workload, rounds, args.runs)
     print(json.dumps(report) if args.json else table(report))
+
+
+def compare_engines(
+    args: argparse.Namespace, model: Qwen3VL, checkpoint: Path, folder: Path
+) -> None:
+    """Measure conversations and requests at once, and print."""
+    from qwen3vl_mlx import bench_engine
+    from qwen3vl_mlx.bench_measure import Peer, another_engine
+    from qwen3vl_mlx.engine.engine import EngineOptions
+
+    workload, alone = bench_engine.make_workload(
+        model, checkpoint, folder, pixels=args.pixels, max_tokens=args.max_tokens
+    )
+    guessing = another_engine(model, EngineOptions(speculative="lookup"))
+    rounds: dict[str, list[bench_engine.Round]] = {_OURS: []}
+    answers = {_OURS: alone}
+    with ExitStack() as stack:
+        peer: Peer | None = None
+        if args.compare_mlx_vlm is not None:
+            payload = [asdict(workload), bench_engine.STEPS]
+            peer = Peer(args.compare_mlx_vlm, "bench_engine_peer.py", payload)
+            stack.enter_context(peer)
+            answers[peer.name] = peer.facts["alone"]
+        for _ in range(args.runs + (not args.no_warm_up)):
+            rounds[_OURS].append(bench_engine.measure(model, guessing, workload, alone))
+            if peer is not None:
+                for road, found in peer.measure().items():
+                    rounds.setdefault(f"{peer.name} {road}", []).append(found)
+    report = bench_engine.make_report(workload, rounds, answers, args.runs)
+    print(json.dumps(report) if args.json else bench_engine.table(report))
+
+
+def soak(args: argparse.Namespace, model: Qwen3VL) -> None:
+    """Ask many questions and print what became of them. Raises Qwen3VLError for bad answers."""
+    from qwen3vl_mlx import soak
+    from qwen3vl_mlx.errors import Qwen3VLError
+
+    report = soak.soak(model, args.soak, args.at_once)
+    print(json.dumps(asdict(report)) if args.json else soak.table(report))
+    if not report.clean:
+        raise Qwen3VLError(f"{report.lost} answers are lost and {report.wrong} are wrong")
 
 
 def quantized_copy(args: argparse.Namespace, checkpoint: Path, target: Path) -> Path:
@@ -142,55 +220,6 @@ def quantized_copy(args: argparse.Namespace, checkpoint: Path, target: Path) -> 
     assignment = policy.choose(source.config, request, stored)
     conversion.convert(source, target, assignment, progress=True)
     return target
-
-
-class Peer:
-    """mlx-vlm in a process of its own, loaded once, measuring one round at a time."""
-
-    def __init__(self, python: str, workload: Workload):
-        # As text: a script's own folder comes first in sys.path, and would hide modules there.
-        script = Path(__file__).with_name("bench_peer.py").read_text(encoding="utf-8")
-        self.python = python
-        self.errors = tempfile.TemporaryFile()  # noqa: SIM115
-        try:
-            self.process = subprocess.Popen(
-                [python, "-c", script, json.dumps(asdict(workload))],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=self.errors,
-            )
-        except OSError as error:
-            from qwen3vl_mlx.errors import InputError
-
-            raise InputError(f"--compare-mlx-vlm: {python} cannot be run: {error}") from error
-        self.name = f"mlx-vlm {self._reply()['version']}"
-
-    def measure(self) -> dict[str, Any]:
-        """One round: see `bench_measure.Measured`."""
-        assert self.process.stdin is not None
-        self.process.stdin.write(b"\n")
-        self.process.stdin.flush()
-        return self._reply()
-
-    def _reply(self) -> dict[str, Any]:
-        assert self.process.stdout is not None
-        if line := self.process.stdout.readline():
-            reply: dict[str, Any] = json.loads(line)
-            return reply
-        from qwen3vl_mlx.bench_measure import last_line
-        from qwen3vl_mlx.errors import Qwen3VLError
-
-        self.process.wait()
-        self.errors.seek(0)
-        raise Qwen3VLError(f"mlx-vlm under {self.python} failed: {last_line(self.errors.read())}")
-
-    def __enter__(self) -> Peer:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.process.kill()
-        self.process.communicate()
-        self.errors.close()
 
 
 def make_report(

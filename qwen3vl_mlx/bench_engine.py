@@ -32,7 +32,6 @@ Answer: TypeAlias = "list[int]"  # token ids up to an end token
 AT_ONCE = 8
 SMALL_PIXELS = 65_536  # of each of the pictures that are asked about at once, if not fewer
 FIRST, SECOND = "Describe the image.", "What color is the background?"
-COPIED = "Detect all shapes."
 EACH = (
     "Describe the image.", "What do you see?", "How many shapes are there?",
     "What color is the background?", "Detect all shapes.", "What is in the image?",
@@ -42,7 +41,7 @@ EACH = (
 _ALONE = EngineOptions(max_batch=1, prefix_cache_bytes=0, feature_cache_bytes=0)
 CAPTIONS = {
     "first_sec": "first question",
-    "second_sec": "second question, same chat",
+    "second_sec": "second question",
     "same_sec": "new chat, same picture first",
     "words_first_sec": "words first, new picture",
     "moved_sec": "words first, known picture",
@@ -53,6 +52,7 @@ CAPTIONS = {
     "known_at_once_per_sec": "known pictures, at once",
     "copied_per_sec": "copying",
     "copied_guessing_per_sec": "copying, prompt lookup",
+    "copied_per_step": "copying, prompt lookup",
 }
 GAINS = {  # what is how many times as good as what
     "second question": ("first_sec", "second_sec"),
@@ -105,20 +105,20 @@ def make_workload(
             "same": [_user(picture, SECOND)],
             "moved": [_user(SECOND, picture)],
             "other": [_user(other, FIRST)],
-            "copied": [_user(pictures[0], COPIED)],
             **{str(i): [_user(p, EACH[i])] for i, p in enumerate(pictures)},
+            **{f"copied {i}": [_user(p, FIRST)] for i, p in enumerate(pictures)},
         },
     )
     alone = another_engine(model, _ALONE)
     answers = {name: _ask(alone, work, name)[0] for name in work.conversations}
-    decode = model.processor.tokenizer.decode
-    later = {
-        name: [*work.conversations[name], _assistant(decode(answers[name])), _user(question)]
-        for name, question in (("first", SECOND), ("copied", COPIED))
-    }
-    conversations = {**work.conversations, "second": later["first"], "copied": later["copied"]}
-    work = replace(work, conversations=conversations)
-    answers |= {name: _ask(alone, work, name)[0] for name in ("second", "copied")}
+    later = {"second": ("first", SECOND)}
+    later |= {name: (name, FIRST) for name in work.conversations if name.startswith("copied")}
+    for name, (before, question) in later.items():
+        said = _assistant(model.processor.tokenizer.decode(answers[before]))
+        conversation = [*work.conversations[before], said, _user(question)]
+        conversations = {**work.conversations, name: conversation}
+        work = replace(work, conversations=conversations)
+        answers[name] = _ask(alone, work, name)[0]
     alone.close()
     return work, answers
 
@@ -228,10 +228,94 @@ def _measure_copying(
     alone: Mapping[str, Answer],
     result: Round,
 ) -> None:
-    """A question whose answer has been given before in the same conversation."""
+    """Questions that were asked, and answered, before in the same conversation."""
+    names = [name for name in work.conversations if name.startswith("copied")]
     for asked, key in ((model, "copied_per_sec"), (guessing, "copied_guessing_per_sec")):
-        answer, usage = _ask(asked, work, "copied")
-        result["values"][key] = usage.avg_compl_tok_per_sec
-        result["right"][key] = (int(answer == alone["copied"]), 1)
-    # The first token comes from the prompt's pass.
-    result["values"]["copied_per_step"] = (usage.completion_tokens - 1) / usage.decode_steps
+        answers = [_ask(asked, work, name) for name in names]
+        right = sum(answer == alone[name] for name, (answer, _) in zip(names, answers, strict=True))
+        usages = [usage for _, usage in answers]
+        # The first token of an answer comes from the prompt's pass.
+        tokens = sum(usage.completion_tokens - 1 for usage in usages)
+        seconds = sum(usage.total_completion_time_sec for usage in usages)
+        result["values"][key] = tokens / max(seconds, 1e-9)
+        result["right"][key] = (right, len(names))
+    result["values"]["copied_per_step"] = tokens / max(1, sum(u.decode_steps for u in usages))
+
+
+def make_report(
+    work: EngineWorkload,
+    rounds: Mapping[str, Sequence[Round]],
+    alone: Mapping[str, Mapping[str, Answer]],
+    runs: int,
+) -> dict[str, Any]:
+    """For each side the last `runs` rounds: spreads, right answers, gains.
+
+    alone: by package, its answers with caches off.
+    """
+    sides = {name: _side(counted[-runs:]) for name, counted in rounds.items()}
+    ours, *theirs = alone.values()
+    report: dict[str, Any] = {
+        "model": work.model,
+        "device": str(mx.default_device()),
+        "pixels": work.pixels,
+        "small_pixels": work.small_pixels,
+        "max_tokens": work.max_tokens,
+        "runs": runs,
+        "different_answers": len({tuple(ours[str(i)]) for i in range(AT_ONCE)}),
+        "sides": sides,
+    }
+    if theirs:
+        report["same_alone"] = (sum(theirs[0][name] == ours[name] for name in ours), len(ours))
+    return report
+
+
+def _side(rounds: Sequence[Round]) -> dict[str, Any]:
+    keys = list(rounds[-1]["values"])
+    spreads = {}
+    for key in keys:
+        values = [each["values"][key] for each in rounds]
+        spreads[key] = {"median": median(values), "min": min(values), "max": max(values)}
+    right = {
+        key: [sum(each["right"][key][i] for each in rounds) for i in range(2)]
+        for key in rounds[-1]["right"]
+    }
+    gains = {}
+    for name, (above, below) in GAINS.items():
+        if above in spreads and below in spreads:
+            gains[name] = spreads[above]["median"] / spreads[below]["median"]
+    return {"values": spreads, "right": right, "gains": gains}
+
+
+def table(report: Mapping[str, Any]) -> str:
+    """The report for people: a line per measurement, a column per side."""
+    sides = report["sides"]
+    lines = [
+        f"{report['model']} on {report['device']}: picture of {report['pixels']:,} pixels, "
+        f"{AT_ONCE} of {report['small_pixels']:,} with {report['different_answers']} different "
+        f"answers, at most {report['max_tokens']} tokens, {report['runs']} runs",
+        "",
+        f"{'median, right answers':<30}" + "".join(f"{name:>34}" for name in sides),
+    ]
+    for key, caption in CAPTIONS.items():
+        cells = [_cell(key, side) for side in sides.values()]
+        lines.append(f"{caption:<30}" + "".join(f"{cell:>34}" for cell in cells))
+    lines += ["", f"{'gains':<30}" + "".join(f"{name:>34}" for name in sides)]
+    for name in GAINS:
+        gains = [side["gains"].get(name) for side in sides.values()]
+        cells = [f"{gain:.1f} x" if gain is not None else "-" for gain in gains]
+        lines.append(f"{name:<30}" + "".join(f"{cell:>34}" for cell in cells))
+    if "same_alone" in report:
+        same, asked = report["same_alone"]
+        lines += ["", f"asked alone with caches off, both answer alike: {same} of {asked}"]
+    return "\n".join(lines)
+
+
+def _cell(key: str, side: Mapping[str, Any]) -> str:
+    if key not in side["values"]:
+        return "-"
+    value = side["values"][key]["median"]
+    if key.endswith("_per_step"):
+        return f"{value:.2f} tokens/pass"
+    text = f"{value:,.0f} tokens/s" if key.endswith("_per_sec") else f"{1e3 * value:,.1f} ms"
+    right, asked = side["right"][key]
+    return f"{text}  {right:>3} of {asked}"

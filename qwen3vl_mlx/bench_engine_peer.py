@@ -46,6 +46,7 @@ def main() -> None:
             "stream_generate": library_round(peer, steps, alone),
         }
         print(json.dumps(rounds), file=replies, flush=True)
+    peer.server.stop_and_join()
 
 
 class Peer:
@@ -82,7 +83,8 @@ class Peer:
         self.stop_at_ends(True)
         began = time.perf_counter()
         prompt, images = self._prompt(name)
-        first, tokens = 0.0, []
+        first = 0.0
+        tokens: list[int] = []
         for result in stream_generate(
             self.model,
             self.processor,
@@ -157,14 +159,12 @@ def server_round(peer: Peer, steps: list[Any], alone: dict[str, list[int]]) -> d
 
 def library_round(peer: Peer, steps: list[Any], alone: dict[str, list[int]]) -> dict[str, Any]:
     """One round of `bench_engine.Round`, by library calls that share a conversation's state."""
-    caches: dict[str, Any] = {}
+    caches: dict[str, Any] = {"vision_cache": peer.features}
 
-    def ask(name: str) -> tuple[list[int], float]:
-        if not peer.features._cache and not caches:
-            caches.update(prompt_cache_state=PromptCacheState(), vision_cache=peer.features)
-        return peer.alone(name, **caches)
+    def forget() -> None:
+        caches["prompt_cache_state"] = PromptCacheState()
 
-    return first_tokens(peer, steps, alone, ask, caches.clear)
+    return first_tokens(peer, steps, alone, lambda name: peer.alone(name, **caches), forget)
 
 
 def first_tokens(

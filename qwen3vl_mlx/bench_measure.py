@@ -1,7 +1,8 @@
-"""What `python -m qwen3vl_mlx.bench` measures: its workload and this package's side of it."""
+"""What `python -m qwen3vl_mlx.bench` measures: its workload and both sides of it."""
 
 from __future__ import annotations
 
+import json
 import math
 import resource
 import subprocess
@@ -11,7 +12,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, TypedDict
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import mlx.core as mx
 import numpy as np
@@ -22,7 +23,7 @@ from qwen3vl_mlx.engine.engine import EngineOptions
 from qwen3vl_mlx.engine.output import collect
 from qwen3vl_mlx.engine.sampling import SamplingParams
 from qwen3vl_mlx.engine.vision import encode
-from qwen3vl_mlx.errors import Qwen3VLError
+from qwen3vl_mlx.errors import InputError, Qwen3VLError
 from qwen3vl_mlx.jsonfiles import read_generation_config
 from qwen3vl_mlx.loading import default_dtype
 
@@ -102,9 +103,7 @@ def measure(model: Qwen3VL, image: Image, workload: Workload) -> Measured:
     prompt = processor.prompt(
         as_messages(workload.prompt, [image], ()), min_pixels=pixels, max_pixels=pixels
     )
-    params = SamplingParams(
-        temperature=0, max_tokens=workload.max_tokens, ignore_eos=True
-    )
+    params = SamplingParams(temperature=0, max_tokens=workload.max_tokens, ignore_eos=True)
     request = model.request(prompt, params, tools=False, started=started)
     model.engine.clear_caches()
     answer = model.run(request)
@@ -169,6 +168,51 @@ def _seconds(command: Sequence[str], *, until_text: bool) -> float:
     if until_text and not first:
         raise Qwen3VLError(f"{' '.join(command[:3])} answered nothing")
     return seconds
+
+
+class Peer:
+    """mlx-vlm in a process of its own, loaded once, measuring one round at a time."""
+
+    def __init__(self, python: str, script: str, workload: object):
+        # As text: a script's own folder comes first in sys.path, and would hide modules there.
+        text = Path(__file__).with_name(script).read_text(encoding="utf-8")
+        self.python = python
+        self.errors = tempfile.TemporaryFile()  # noqa: SIM115
+        try:
+            self.process = subprocess.Popen(
+                [python, "-c", text, json.dumps(workload)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=self.errors,
+            )
+        except OSError as error:
+            raise InputError(f"--compare-mlx-vlm: {python} cannot be run: {error}") from error
+        self.facts = self._reply()
+        self.name = f"mlx-vlm {self.facts['version']}"
+
+    def measure(self) -> dict[str, Any]:
+        """One round."""
+        assert self.process.stdin is not None
+        self.process.stdin.write(b"\n")
+        self.process.stdin.flush()
+        return self._reply()
+
+    def _reply(self) -> dict[str, Any]:
+        assert self.process.stdout is not None
+        if line := self.process.stdout.readline():
+            reply: dict[str, Any] = json.loads(line)
+            return reply
+        self.process.wait()
+        self.errors.seek(0)
+        raise Qwen3VLError(f"mlx-vlm under {self.python} failed: {last_line(self.errors.read())}")
+
+    def __enter__(self) -> Peer:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.process.kill()
+        self.process.communicate()
+        self.errors.close()
 
 
 def last_line(output: bytes) -> str:

@@ -128,6 +128,17 @@ def _add_engine(group: argparse._ArgumentGroup) -> None:
         metavar="DIR",
         help="keep what was read here: the next question about a picture starts at once",
     )
+    guess = group.add_mutually_exclusive_group()
+    guess.add_argument(
+        "--lookup",
+        action="store_true",
+        help="guess ahead from what was said before: faster where an answer copies its prompt",
+    )
+    guess.add_argument(
+        "--draft",
+        metavar="NAME",
+        help="guess ahead with a smaller checkpoint of the family; no guess changes an answer",
+    )
     group.add_argument("--kv-bits", type=int, choices=(4, 8), help="keys and values in fewer bits")
     group.add_argument("--timeout", type=float, metavar="S", help="end the answer after S seconds")
 
@@ -175,6 +186,7 @@ def answer(args: argparse.Namespace) -> None:
         topology=args.topology,
         revision=args.revision,
         engine=engine_options(args),
+        draft=args.draft,
         progress=True,
     )
     system = [{"role": "system", "content": args.system}] if args.system is not None else []
@@ -201,7 +213,12 @@ def engine_options(args: argparse.Namespace) -> EngineOptions:
     from qwen3vl_mlx.engine.engine import EngineOptions
 
     folder = None if args.cache_folder is None else Path(args.cache_folder).expanduser()
-    options = EngineOptions(kv_bits=args.kv_bits, feature_cache_bytes=0, cache_folder=folder)
+    options = EngineOptions(
+        kv_bits=args.kv_bits,
+        feature_cache_bytes=0,
+        cache_folder=folder,
+        speculative="lookup" if args.lookup else None,
+    )
     return options if folder is not None else replace(options, prefix_cache_bytes=0)
 
 
@@ -318,11 +335,14 @@ class Printer:
 
 def statistics(usage: Usage) -> str:
     """Three lines for people."""
+    guessed = ""
+    if usage.drafted_tokens:
+        guessed = f", {usage.accepted_tokens} of {usage.drafted_tokens} guesses right"
     return (
         f"prompt:     {usage.prompt_tokens} tokens, first token after "
         f"{usage.time_to_first_token_sec:.2f} s, {usage.avg_prompt_tok_per_sec:.1f} tokens/s\n"
         f"generation: {usage.completion_tokens} tokens, "
-        f"{usage.avg_compl_tok_per_sec:.1f} tokens/s\n"
+        f"{usage.avg_compl_tok_per_sec:.1f} tokens/s{guessed}\n"
         f"memory:     {usage.peak_memory_bytes / 1e9:.3f} GB at peak"
     )
 

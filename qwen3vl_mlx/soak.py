@@ -92,7 +92,7 @@ def soak(
 
     Where no request ends for `patience_sec`, those that are open count as lost.
     """
-    asks = _answered_alone(model, min(_SCENES, -(-requests // _ASKED)))
+    asks = answered_alone(model, min(_SCENES, -(-requests // _ASKED)))
     served = another_engine(model, replace(_TOGETHER, max_queue=at_once))
     found: Counter[Outcome] = Counter()
     problems: list[str] = []
@@ -131,7 +131,7 @@ def soak(
     )
 
 
-def _answered_alone(model: Qwen3VL, scenes: int) -> list[Ask]:
+def answered_alone(model: Qwen3VL, scenes: int) -> list[Ask]:
     """Questions about the first scenes, each asked with nothing else running and nothing cached."""
     alone = another_engine(model, _ALONE)
     asks = []

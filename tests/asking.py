@@ -12,6 +12,7 @@ from PIL.Image import Image
 
 from qwen3vl_mlx.api import Qwen3VL
 from qwen3vl_mlx.engine import batch
+from qwen3vl_mlx.engine.output import Completion
 from qwen3vl_mlx.engine.sampling import Row, SamplerState
 
 SCENES = Path(__file__).parent / "data" / "demo"
@@ -27,6 +28,14 @@ def user(text: str) -> list[dict[str, Any]]:
 def about(image: Image, text: str = QUESTION) -> list[dict[str, Any]]:
     parts = [{"type": "image", "image": image}, {"type": "text", "text": text}]
     return [{"role": "user", "content": parts}]
+
+
+def anew(model: Qwen3VL, messages: list[dict[str, Any]], **options: Any) -> Completion:
+    """The answer of a model that remembers nothing."""
+    model.engine.clear_caches()
+    done = model.generate(messages, **options)
+    assert done.usage.cached_tokens == 0
+    return done
 
 
 def script(monkeypatch: pytest.MonkeyPatch, model: Qwen3VL, text: str) -> None:

@@ -38,6 +38,7 @@ class Told:
     def __init__(self, answers: dict[int, list[int]], guess: Guess):
         self.answers = answers
         self.guess = guess
+        self.caches: Sequence[Any] = ()
 
     def begin(self, row: Decoding, request: Request) -> None:
         assert not row.tokens

@@ -137,9 +137,7 @@ def go_on(
     return Run(list(tokens), to_numpy([*rows, *recorder.seen[1:]]))
 
 
-def one_shot(
-    model: Qwen3VL, prompt: Prompt, chunk: int = 2048, kv_bits: int | None = None
-) -> Run:
+def one_shot(model: Qwen3VL, prompt: Prompt, chunk: int = 2048, kv_bits: int | None = None) -> Run:
     state = empty(model, kv_bits)
     rows = pass_through(model, prompt, state, 0, chunk)
     return go_on(model, prompt, state, rows)

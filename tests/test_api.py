@@ -40,6 +40,7 @@ def test_chunks_join_to_the_completion(demo: Qwen3VL, scene: Image) -> None:
 
 
 def test_usage(demo: Qwen3VL, scene: Image) -> None:
+    demo.engine.clear_caches()
     usage = demo.generate(QUESTION, images=[scene]).usage
     prompt = demo.processor.prompt(about(scene))
     assert usage.prompt_tokens == len(prompt.token_ids)
@@ -182,10 +183,14 @@ def test_a_stream_may_be_left(demo: Qwen3VL, scene: Image, other_scene: Image) -
     stream.close()
     abandoned = demo.stream(QUESTION, images=[other_scene])
     next(abandoned)
-    stopped = demo.stream(QUESTION, images=[other_scene])
-    next(stopped)
+
+    def stop() -> None:
+        with demo.stream(QUESTION, images=[other_scene]) as stopped:
+            next(stopped)
+            raise KeyboardInterrupt
+
     with pytest.raises(KeyboardInterrupt):
-        stopped.throw(KeyboardInterrupt)
+        stop()
     assert demo.generate(QUESTION, images=[scene]).text == TRUTH
     assert "".join(chunk.text for chunk in abandoned) == OTHER_TRUTH[1:]
 

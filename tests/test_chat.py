@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import pytest
-from asking import QUESTION, about, script, user
+from asking import QUESTION, about, anew, script, user
 from PIL.Image import Image
 
 from qwen3vl_mlx.api import Qwen3VL, load
@@ -33,6 +36,7 @@ CALL = '<tool_call>\n{"name": "zoom", "arguments": {"x": 5}}\n</tool_call>'
 def test_the_second_turn_remembers_the_picture(
     demo: Qwen3VL, scene: Image, other_scene: Image
 ) -> None:
+    demo.engine.clear_caches()
     chat = demo.chat(system="Be brief.")
     first = chat.send("What color is the background?", images=[scene])
     second = chat.send("What shape is purple?")
@@ -47,7 +51,7 @@ def test_the_second_turn_remembers_the_picture(
         (about(other_scene, "What color is the background?"), third),
     ):
         messages += asked
-        whole = demo.generate(messages)
+        whole = anew(demo, messages)
         assert (whole.text, whole.usage.prompt_tokens) == (given.text, given.usage.prompt_tokens)
         messages.append({"role": "assistant", "content": given.text})
     assert [m["role"] for m in chat.messages] == [m["role"] for m in messages]
@@ -106,19 +110,29 @@ def test_without_tools_a_call_is_text(demo: Qwen3VL, monkeypatch: pytest.MonkeyP
 # Interrupted.
 
 
-def interrupt(monkeypatch: pytest.MonkeyPatch, layer: int, after: int) -> Callable[[], None]:
-    """Ctrl-C inside a layer's forward pass number `after`; returns what lets it pass again."""
+def interrupt(
+    model: Qwen3VL, monkeypatch: pytest.MonkeyPatch, layer: int, after: int
+) -> Callable[[], None]:
+    """Ctrl-C while a layer does its forward pass number `after`; returns what lets it go on.
+
+    All chunks that were ready by then are read.
+    """
     forward = DecoderLayer.__call__
     seen: list[int] = []
+    go_on = threading.Event()
+    main = threading.get_ident()
 
-    def maybe(self: DecoderLayer, *args: Any) -> mx.array:
+    def pressed(self: DecoderLayer, *args: Any) -> mx.array:
         seen.append(len(seen))
-        if len(seen) > 5 * after + layer:
-            raise KeyboardInterrupt
+        if len(seen) == 5 * after + layer + 1:
+            while any(job.handle._items for job in model.engine.scheduler._jobs()):
+                time.sleep(0.001)
+            signal.pthread_kill(main, signal.SIGINT)
+            go_on.wait()
         return forward(self, *args)
 
-    monkeypatch.setattr(DecoderLayer, "__call__", maybe)
-    return lambda: monkeypatch.setattr(DecoderLayer, "__call__", forward)
+    monkeypatch.setattr(DecoderLayer, "__call__", pressed)
+    return go_on.set
 
 
 @pytest.mark.parametrize("after", [0, 1, 4], ids=["prefill", "first token", "later"])
@@ -134,17 +148,17 @@ def test_interrupted_chat_goes_on(
     """Ctrl-C anywhere, also between two layers: the next turn is as if nothing had happened."""
     chat = demo.chat()
     chat.send(QUESTION, images=[scene])
-    restore = interrupt(monkeypatch, layer, after)
+    go_on = interrupt(demo, monkeypatch, layer, after)
     with pytest.raises(KeyboardInterrupt):
         chat.send("And this?", images=[other_scene])
-    restore()
+    assert demo.engine.busy
+    go_on()
     # Prompt tokens alone leave no trace; once something was said, the turn stays.
     assert len(chat.messages) == (4 if after > 1 else 2)
     messages = [*chat.messages, *user("What color is the background?")]
     again = chat.send("What color is the background?")
     assert again.usage.cached_tokens > 40
-    assert len({layer.offset for layer in chat.state.layers}) == 1
-    assert again.text == demo.generate(messages).text
+    assert again.text == anew(demo, messages).text
 
 
 def test_closed_chat_stream_keeps_the_turn(demo: Qwen3VL, scene: Image) -> None:
@@ -155,7 +169,8 @@ def test_closed_chat_stream_keeps_the_turn(demo: Qwen3VL, scene: Image) -> None:
     assert [message["role"] for message in chat.messages] == ["user", "assistant"]
     assert chat.messages[1]["content"] == said
     messages = [*chat.messages, *user("What color is the background?")]
-    assert chat.send("What color is the background?").text == demo.generate(messages).text
+    again = chat.send("What color is the background?")
+    assert again.text == anew(demo, messages).text
 
 
 @pytest.fixture(scope="module")
@@ -202,7 +217,8 @@ def test_asking_again_closes_an_answer_that_is_still_open(demo: Qwen3VL, scene: 
     assert [message["role"] for message in chat.messages] == ["user", "assistant"] * 2
     assert chat.messages[1]["content"] == began
     messages = [*about(scene), {"role": "assistant", "content": began}]
-    assert demo.generate([*messages, *user("How many shapes are there?")]).text == second.text
+    messages += user("How many shapes are there?")
+    assert anew(demo, messages).text == second.text
 
 
 def test_an_answer_that_never_began_leaves_no_turn(demo: Qwen3VL) -> None:

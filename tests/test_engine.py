@@ -182,9 +182,7 @@ def test_reading_holds_running_rows_up_for_no_more_than_was_set(
     driver.drain()
 
 
-def test_a_short_prompt_overtakes_a_long_one(
-    model: Qwen3VL, drive: Callable[..., Driver]
-) -> None:
+def test_a_short_prompt_overtakes_a_long_one(model: Qwen3VL, drive: Callable[..., Driver]) -> None:
     driver = drive(model, prefill_chunk=32, interleave=32)
     long = driver.ask(model.processor.prompt([turn("word " * 500)]))
     short = driver.ask(model.processor.prompt([turn("So, what is there to be seen?")]), 3)
@@ -383,7 +381,7 @@ def kept_bytes(driver: Driver) -> int:
 # What goes wrong for one, and for all.
 
 
-class Broken(Exception):
+class BrokenError(Exception):
     pass
 
 
@@ -392,7 +390,7 @@ def raise_in(owner: Any, name: str, patch: Patch, *, when: Callable[..., bool]) 
 
     def maybe(*args: Any, **kwargs: Any) -> Any:
         if when(*args, **kwargs):
-            raise Broken(name)
+            raise BrokenError(name)
         return function(*args, **kwargs)
 
     patch.setattr(owner, name, maybe)
@@ -419,9 +417,7 @@ BREAKS: dict[str, Callable[[Patch], None]] = {
     "sampler, later token": lambda patch: raise_in(
         Sampler, "adjusted", patch, when=lambda self, _, state, *__: odd(self) and state.step > 3
     ),
-    "sampler, made": lambda patch: raise_in(
-        Sampler, "start", patch, when=lambda self: odd(self)
-    ),
+    "sampler, made": lambda patch: raise_in(Sampler, "start", patch, when=lambda self: odd(self)),
 }
 
 
@@ -442,7 +438,7 @@ def test_one_request_fails_alone(
     broken = driver.ask(prompts["image"], 12, frequency_penalty=0.5, grammar=grammar)
     after = driver.ask(prompts["image"], 12)
     driver.finish(before, broken, after)
-    assert isinstance(error(broken), Broken)
+    assert isinstance(error(broken), BrokenError)
     assert [end(handle).finish_reason for handle in (before, after)] == ["length"] * 2
     assert after.tokens == alone.tokens
     assert driver.scheduler.load.failed == 1
@@ -469,7 +465,7 @@ def test_a_broken_tokenizer_fails_its_request_alone(
     elif how == "timeout" and method == "flush":
         job.deadline = 0.0
     driver.finish(broken, other)
-    assert isinstance(error(broken), Broken)
+    assert isinstance(error(broken), BrokenError)
     assert end(other).finish_reason == "length"
     driver.drain()
 
@@ -486,7 +482,7 @@ def test_a_failed_pass_ends_all_rows_and_the_engine_goes_on(
     with pytest.MonkeyPatch.context() as patch:
         raise_in(TextModel, "__call__", patch, when=lambda self, tokens, *_: len(tokens) == 2)
         driver.step()
-    assert [type(error(row)) for row in rows] == [Broken, Broken]
+    assert [type(error(row)) for row in rows] == [BrokenError, BrokenError]
     driver.finish(reading, waiting)
     assert [len(handle.tokens) for handle in (reading, waiting)] == [5, 5]
     again = driver.ask(prompts["text"], 50)
@@ -503,7 +499,7 @@ def test_a_picture_that_breaks_the_tower_ends_its_request_alone(
         raise_in(Block, "__call__", patch, when=nth(3))
         broken, other = driver.ask(prompts["image"]), driver.ask(prompts["text"])
         driver.finish(broken, other)
-    assert isinstance(error(broken), Broken)
+    assert isinstance(error(broken), BrokenError)
     assert end(other).finish_reason == "length"
     again = driver.ask(prompts["image"])
     driver.finish(again)
@@ -511,9 +507,7 @@ def test_a_picture_that_breaks_the_tower_ends_its_request_alone(
     driver.drain()
 
 
-def test_a_failed_engine_says_so_to_all(
-    serve: Callable[..., Qwen3VL], monkeypatch: Patch
-) -> None:
+def test_a_failed_engine_says_so_to_all(serve: Callable[..., Qwen3VL], monkeypatch: Patch) -> None:
     model = serve()
     monkeypatch.setattr(threading, "excepthook", lambda _: None)
     with busy(model):

@@ -375,9 +375,7 @@ def test_batched(ask: Ask, others: int, guess: bool) -> None:
     """Requests of all kinds come two steps apart and leave after different times."""
     cases = [ask(messages) for messages in (*INPUTS.values(), INPUTS["image"])][-1 - others :]
     draft = own_draft(cases[0].model) if guess else None
-    driver = cases[0].driver(
-        max_batch=others + 1, interleave=40, prefix_cache_bytes=0, draft=draft
-    )
+    driver = cases[0].driver(max_batch=others + 1, interleave=40, prefix_cache_bytes=0, draft=draft)
     handles, most = [], 0
     for i, case in enumerate(cases):
         handles.append(driver.ask(case.prompt, STEPS - 3 * (i % 3)))

@@ -195,7 +195,7 @@ def test_ends_inside_a_draft(
     speech = "same same " * 120 if end == "loop guard" else SPEECH
     tokens = demo.processor.tokenizer.encode(speech + "<|im_end|>")
     script(monkeypatch, demo, speech)
-    params = replace(demo.default_params, seed=1).updated(ENDS[end])
+    params = SamplingParams(temperature=0.0, seed=1).updated(ENDS[end])
 
     def run(drafter: Drafter | None) -> Completion:
         engine = Engine(demo.model, demo.processor.tokenizer, demo.compiler, EngineOptions())

@@ -19,7 +19,7 @@ from qwen3vl_mlx.engine.batch import Decoding
 from qwen3vl_mlx.engine.constraints import expand
 from qwen3vl_mlx.engine.feature_cache import FeatureCache
 from qwen3vl_mlx.engine.prefill import Prefill
-from qwen3vl_mlx.engine.prefix_cache import Key, PrefixCache, prompt_key
+from qwen3vl_mlx.engine.prefix_cache import Key, Match, PrefixCache, prompt_key
 from qwen3vl_mlx.engine.reader import PromptReader
 from qwen3vl_mlx.engine.request import Request
 from qwen3vl_mlx.engine.sampling import Row, Sampler, draw
@@ -125,16 +125,17 @@ class DraftModel:
         self._reader: PromptReader[_Reading] = PromptReader(model, features)
         self._rows: list[_Row] = []
         self._layers: list[Any] = []
+        self._features = features
+
+    @property
+    def caches(self) -> Sequence[FeatureCache | PrefixCache]:
+        return [self._features, *([] if self.prefix is None else [self.prefix])]
 
     def begin(self, row: Decoding, request: Request) -> None:
-        key, held, layers = prompt_key(request.prompt), 0, None
-        if self.prefix is not None:
-            match = self.prefix.match(key)
-            if held := match.length:
-                layers = [kv_cache.layer_from_rows(rows, self.kv_bits) for rows in match.layers]
-        if layers is None:
-            layers = kv_cache.new_layers(self.model.config.text, self.kv_bits)
-        prefill = Prefill(self.model, request.prompt, layers, held)
+        key = prompt_key(request.prompt)
+        match = Match(0, ()) if self.prefix is None else self.prefix.match(key)
+        layers = kv_cache.layers_with(match.layers, self.model.config.text, self.kv_bits)
+        prefill = Prefill(self.model, request.prompt, layers, match.length)
         self._reader.add(_Reading(row, key, len(request.prompt.token_ids), prefill))
 
     def keep(self, rows: Sequence[Decoding]) -> None:

@@ -174,9 +174,8 @@ class Engine:
         """Forget all prefixes and features, on disk too."""
 
         def clear() -> None:
-            if self.scheduler.prefix is not None:
-                self.scheduler.prefix.clear()
-            self.scheduler.features.clear()
+            for cache in self.scheduler.caches:
+                cache.clear()
             mx.clear_cache()
 
         self.call(clear)

@@ -93,6 +93,13 @@ def layer_from_rows(arrays: Sequence[mx.array], kv_bits: int | None = None) -> R
     return layer
 
 
+def layers_with(
+    held: Sequence[Sequence[mx.array]], config: TextConfig, kv_bits: int | None = None
+) -> list[RowLayer]:
+    """A cache for one row that holds what `layer_rows` gave, layer by layer; empty for ()."""
+    return [layer_from_rows(rows, kv_bits) for rows in held] or new_layers(config, kv_bits)
+
+
 def merge(rows: Sequence[Layer]) -> BatchLayer:
     """One batch of one or more rows' layers (of the same decoder layer), in order.
 

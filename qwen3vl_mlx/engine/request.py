@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 Phase: TypeAlias = Literal["waiting", "prefilling", "running", "done"]
 
+_WAKE_SEC = 0.2  # Ctrl-C just before a wait would pass unseen until the wait ends
+
 
 @dataclass(frozen=True)
 class Request:
@@ -77,7 +79,7 @@ class Handle:
         while not self._ended:
             with self._ready:
                 while not self._items:
-                    self._ready.wait()
+                    self._ready.wait(_WAKE_SEC)
                 item = self._items.popleft()
             yield self._opened(item)
 

@@ -23,7 +23,7 @@ from qwen3vl_mlx.engine.job import Job
 from qwen3vl_mlx.engine.logprobs import to_host
 from qwen3vl_mlx.engine.output import FinishReason
 from qwen3vl_mlx.engine.prefill import Prefill
-from qwen3vl_mlx.engine.prefix_cache import Key, PrefixCache
+from qwen3vl_mlx.engine.prefix_cache import Key, Match, PrefixCache
 from qwen3vl_mlx.engine.radix import shared_prefix
 from qwen3vl_mlx.engine.reader import PromptReader
 from qwen3vl_mlx.engine.request import Handle
@@ -94,6 +94,12 @@ class Scheduler:
     def idle(self) -> bool:
         """Whether all that is asked waits for the disk."""
         return not (self.reader.jobs or self.running)
+
+    @property
+    def caches(self) -> list[FeatureCache | PrefixCache]:
+        """All that is kept for later requests, the least dear first."""
+        drafter = [] if self.speculation is None else [*self.speculation.drafter.caches]
+        return [*drafter, self.features, *([] if self.prefix is None else [self.prefix])]
 
     @property
     def load(self) -> Load:
@@ -212,26 +218,20 @@ class Scheduler:
 
     def _shrink_caches(self, over: int) -> None:
         """Let caches give way to requests that leave `-over` bytes."""
-        features, prefix = self.features, self.prefix
-        kept = features.stats.bytes + (prefix.stats.bytes if prefix is not None else 0)
-        if (excess := over + kept) > 0:
-            before = features.stats.bytes
-            features.shrink(max(0, before - excess))
-            excess -= before - features.stats.bytes
-            if excess > 0 and prefix is not None:
-                prefix.shrink(max(0, prefix.stats.bytes - excess))
+        excess = over + sum(cache.stats.bytes for cache in self.caches)
+        for cache in self.caches:
+            if excess > 0:
+                before = cache.stats.bytes
+                cache.shrink(max(0, before - excess))
+                excess -= before - cache.stats.bytes
 
     def _begin(self, job: Job) -> None:
-        layers = None
+        match = Match(0, ())
         if self.prefix is not None:
             match = self.prefix.match(job.key, job.restoring)
             job.restoring = None
             job.cached = match.length
-            if match.length:
-                bits = self.limits.kv_bits
-                layers = [kv_cache.layer_from_rows(rows, bits) for rows in match.layers]
-        if layers is None:
-            layers = kv_cache.new_layers(self.model.config.text, self.limits.kv_bits)
+        layers = kv_cache.layers_with(match.layers, self.model.config.text, self.limits.kv_bits)
         job.prefill = Prefill(self.model, job.request.prompt, layers, job.cached)
         job.handle.phase = "prefilling"
         self.reader.add(job)

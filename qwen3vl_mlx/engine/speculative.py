@@ -16,6 +16,8 @@ import numpy as np
 import numpy.typing as npt
 
 from qwen3vl_mlx.engine.batch import Decoding
+from qwen3vl_mlx.engine.feature_cache import FeatureCache
+from qwen3vl_mlx.engine.prefix_cache import PrefixCache
 from qwen3vl_mlx.engine.request import Request
 from qwen3vl_mlx.models.config import TextConfig
 
@@ -29,6 +31,10 @@ _MOST_PATIENCE = 16
 
 class Drafter(Protocol):
     """Guesses how answers go on. It reads `row.tokens` by itself when it is asked."""
+
+    @property
+    def caches(self) -> Sequence[FeatureCache | PrefixCache]:
+        """What it keeps for later requests."""
 
     def begin(self, row: Decoding, request: Request) -> None:
         """A row starts to decode."""
@@ -92,6 +98,10 @@ class Either:
     def __init__(self, first: Drafter, second: Drafter):
         self.first, self.second = first, second
 
+    @property
+    def caches(self) -> Sequence[FeatureCache | PrefixCache]:
+        return [*self.first.caches, *self.second.caches]
+
     def begin(self, row: Decoding, request: Request) -> None:
         self.first.begin(row, request)
         self.second.begin(row, request)
@@ -123,6 +133,10 @@ class Lookup:
 
     def __init__(self) -> None:
         self._texts: WeakKeyDictionary[Decoding, PromptLookup] = WeakKeyDictionary()
+
+    @property
+    def caches(self) -> Sequence[FeatureCache | PrefixCache]:
+        return ()
 
     def begin(self, row: Decoding, request: Request) -> None:
         prompt = request.prompt
