@@ -73,8 +73,8 @@ def load(
     floating-point type on a GPU and is float32 on a CPU. engine: caches, batch size and memory
     limit, see `EngineOptions`. draft: a smaller checkpoint of the family that guesses ahead; the
     answers stay what they are, and come faster where it guesses well. progress shows a bar on a
-    terminal where reading the weights takes over a second. Raises CheckpointError, ConfigError, WeightsError,
-    HubError, or InputError for an unknown quantization.
+    terminal where reading the weights takes over a second. Raises CheckpointError, ConfigError,
+    WeightsError, HubError, or InputError for an unknown quantization.
     """
     source = hub.snapshot(hub.default_model() if model is None else model, revision)
     config = read_config(source.folder)

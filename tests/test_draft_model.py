@@ -168,3 +168,16 @@ def test_memory_counts_the_draft_model(tiny_model: Models, drive: Drive) -> None
     cost, own, other = (each.cost(prompt, 500) for each in (both, alone, theirs))
     assert cost.cache == own.cache + other.cache
     assert cost.answering.total > own.answering.total + other.answering.cache
+
+
+def test_a_draft_model_that_is_never_right_is_asked_seldom(
+    tiny_model: Models, drive: Drive
+) -> None:
+    model, small = tiny_model("dense64"), tiny_model("dense72")
+    checkpoint = DraftCheckpoint(small.model, small.processor.tokenizer)
+    driver = drive(model, draft=checkpoint)
+    handle = driver.ask(model.processor.prompt(INPUTS["text"]), 200, temperature=1.0)
+    driver.finish(handle)
+    seen = usage(handle)
+    assert 0 < seen.drafted_tokens < 200  # and not 7 on each of some 200 steps
+    assert seen.accepted_tokens < 20

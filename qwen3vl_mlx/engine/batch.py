@@ -102,6 +102,37 @@ def draw_rows(logits: mx.array, rows: Rows[Decoding], drafts: Rows[Draft] | None
     return Drawn(tuple(rows), tuple(drafts), tokens, tuple(logprobs), tuple(states))
 
 
+def draw_each(
+    logits: mx.array, rows: Rows[Decoding], drafts: Rows[Draft]
+) -> tuple[Drawn | None, list[tuple[Decoding, Exception]]]:
+    """`draw_rows`, but rows that raise (a guide, penalties) are left out, and named."""
+    try:
+        return draw_rows(logits, rows, drafts), []
+    except Exception:  # noqa: BLE001
+        parts: list[Drawn] = []
+        failed: list[tuple[Decoding, Exception]] = []
+        start = 0
+        for row, draft in zip(rows, drafts, strict=True):
+            own = logits[start : start + len(draft) + 1]
+            start += len(draft) + 1
+            try:
+                parts.append(draw_rows(own, [row], [draft]))
+            except Exception as error:  # noqa: BLE001
+                failed.append((row, error))
+        return (together(parts) if parts else None), failed
+
+
+def together(parts: Rows[Drawn]) -> Drawn:
+    """What was drawn of several groups of rows."""
+    return Drawn(
+        tuple(row for part in parts for row in part.rows),
+        tuple(draft for part in parts for draft in part.drafts),
+        mx.concatenate([part.tokens for part in parts]),
+        tuple(entry for part in parts for entry in part.logprobs),
+        tuple(state for part in parts for state in part.states),
+    )
+
+
 def _asked(row: Decoding, draft: Draft, vocab_size: int) -> list[Row]:
     """What the draws of a row depend on: its next one, and one after each token of its draft."""
     guide, sampler, state = row.guide, row.sampler, row.sampler_state
@@ -140,14 +171,7 @@ class Batch:
         elif rows:
             self.layers = [kv_cache.merge(own) for own in zip(*layers, strict=True)]
         self.rows += rows
-        parts = [*([self.unread] if self.unread else []), *first_tokens]
-        self.unread = Drawn(
-            tuple(row for part in parts for row in part.rows),
-            tuple(draft for part in parts for draft in part.drafts),
-            mx.concatenate([part.tokens for part in parts]),
-            tuple(entry for part in parts for entry in part.logprobs),
-            tuple(state for part in parts for state in part.states),
-        )
+        self.unread = together([*([self.unread] if self.unread else []), *first_tokens])
 
     def keep(self, kept: Rows[Decoding]) -> None:
         """Let all other rows go."""
@@ -169,9 +193,10 @@ class Batch:
         assert self.unread is not None
         return self.model.language_model.logits(self._pass(self._newest()[:, None])[:, 0])
 
-    def verify(self, drafts: Rows[Draft]) -> None:
-        """Queue a pass over every row's newest token, which is read, and its draft; and the draws.
+    def verify(self, drafts: Rows[Draft]) -> mx.array:
+        """Queue a pass over every row's newest token, which is read, and its draft.
 
+        Returns the logits (N, vocab_size) that tokens are to be drawn from, lazily.
         Shorter drafts are filled up; until `read` the cache holds more than the rows' length.
         """
         width = 1 + max(map(len, drafts))
@@ -183,8 +208,16 @@ class Batch:
         hidden = self._pass(mx.array(fed)).reshape(fed.size, -1)  # (B * width, hidden_size)
         if len(wanted) < fed.size:
             hidden = hidden[mx.array(wanted)]  # (N, hidden_size)
-        logits = self.model.language_model.logits(hidden)
-        self.unread = draw_rows(logits, self.rows, drafts)
+        return self.model.language_model.logits(hidden)
+
+    def draw(
+        self, logits: mx.array, drafts: Rows[Draft] | None = None
+    ) -> list[tuple[Decoding, Exception]]:
+        """Draw every row's tokens from logits (N, vocab_size); rows that cannot be drawn for."""
+        if drafts is None:
+            drafts = [()] * len(self.rows)
+        self.unread, failed = draw_each(logits, self.rows, drafts)
+        return failed
 
     def read(self, drawn: Drawn) -> list[Answered]:
         """Wait for drawn tokens; those that follow a wrong draft are dropped, in the cache too."""

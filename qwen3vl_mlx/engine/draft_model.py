@@ -29,6 +29,8 @@ from qwen3vl_mlx.models.vision import VisionFeatures
 from qwen3vl_mlx.processing.tokenizer import Tokenizer
 
 _CATCH_UP = 64  # tokens of an answer that are read in one pass
+_PATIENCE = 4  # wrong guesses in a row before a pause
+_LONGEST_PAUSE = 256  # tokens
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,6 +93,19 @@ class _Row:
     prompt: int
     read: int = 0
     guessed: list[int] = field(default_factory=list)
+    first: int | None = None  # of the last guess, which is not judged yet
+    misses: int = 0  # guesses in a row that were wrong from the start
+    resume: int = 0  # tokens of the answer from which on to guess again
+
+    def judge(self) -> bool:
+        """Whether to guess now: after many wrong guesses, only once in a while."""
+        tokens = self.row.tokens
+        if self.first is not None and len(tokens) > self.read:
+            self.misses = 0 if tokens[self.read] == self.first else self.misses + 1
+            self.first = None
+            if self.misses >= _PATIENCE:
+                self.resume = len(tokens) + min(2**self.misses, _LONGEST_PAUSE)
+        return len(tokens) >= self.resume
 
     @property
     def length(self) -> int:
@@ -150,7 +165,7 @@ class DraftModel:
             self._layers = []
 
     def waits(self, row: Decoding) -> bool:
-        return any(own.row is row for own in self._rows)
+        return any(own.row is row and own.judge() for own in self._rows)
 
     def advance(self, budget: int) -> int:
         """Read prompts, about `budget` tokens; returns what was read."""
@@ -174,6 +189,8 @@ class DraftModel:
 
     def draft(self, rows: Sequence[Decoding], counts: Sequence[int]) -> list[Sequence[int]]:
         wanted = dict(zip(rows, counts, strict=True))
+        asleep = {own.row for own in self._rows if not own.judge()}
+        wanted = {row: 0 if row in asleep else count for row, count in wanted.items()}
         most = max((wanted.get(own.row, 0) for own in self._rows), default=0)
         if not most:
             return [()] * len(rows)
@@ -196,6 +213,7 @@ class DraftModel:
         found: dict[Decoding, list[int]] = {}
         for own, guess in zip(self._rows, guesses, strict=True):
             own.guessed = guess[:-1]  # the last was not fed
+            own.first = guess[0] if wanted.get(own.row) else None
             found[own.row] = guess
         return [found.get(row, [])[:count] for row, count in wanted.items()]
 

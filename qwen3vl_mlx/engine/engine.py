@@ -19,9 +19,10 @@ from qwen3vl_mlx.engine.admission import Admission, memory_limit
 from qwen3vl_mlx.engine.constraints import GrammarCompiler
 from qwen3vl_mlx.engine.draft_model import DraftCheckpoint, DraftModel
 from qwen3vl_mlx.engine.feature_cache import FeatureCache, FeatureCacheStats
+from qwen3vl_mlx.engine.load import Limits, Load
 from qwen3vl_mlx.engine.prefix_cache import PrefixCache, PrefixStats
 from qwen3vl_mlx.engine.request import Handle, Request
-from qwen3vl_mlx.engine.scheduler import Limits, Load, Scheduler
+from qwen3vl_mlx.engine.scheduler import Scheduler
 from qwen3vl_mlx.engine.speculative import (
     MOST_DRAFTED,
     Drafter,

@@ -16,10 +16,11 @@ import mlx.core as mx
 
 from qwen3vl_mlx.engine import kv_cache
 from qwen3vl_mlx.engine.admission import Admission, Cost
-from qwen3vl_mlx.engine.batch import Answered, Batch, Decoding, Drawn, draw_rows
+from qwen3vl_mlx.engine.batch import Answered, Batch, Decoding, Draft, Drawn, draw_rows
 from qwen3vl_mlx.engine.constraints import GrammarCompiler
 from qwen3vl_mlx.engine.feature_cache import FeatureCache
 from qwen3vl_mlx.engine.job import Job
+from qwen3vl_mlx.engine.load import Counts, Limits, Load
 from qwen3vl_mlx.engine.logprobs import to_host
 from qwen3vl_mlx.engine.output import FinishReason
 from qwen3vl_mlx.engine.prefill import Prefill
@@ -34,36 +35,6 @@ from qwen3vl_mlx.processing.tokenizer import Tokenizer
 
 _CLEAR_EVERY = 256  # steps between returns of MLX's free buffers
 _WORTH_WAITING = 32  # tokens of a prompt that is being read, for another that begins alike
-
-
-@dataclass(frozen=True)
-class Limits:
-    """How much is done at once."""
-
-    max_batch: int = 8  # rows that decode or are being read
-    prefill_chunk: int = 2048  # tokens read in one pass while nobody waits for a token
-    interleave: int = 512  # tokens read between two steps of the running rows
-    kv_bits: int | None = None
-
-
-@dataclass
-class _Counts:
-    steps: int = 0
-    finished: int = 0
-    failed: int = 0
-
-
-@dataclass(frozen=True)
-class Load:
-    """Who is where, and what was done so far."""
-
-    waiting: int
-    prefilling: int
-    running: int
-    steps: int
-    finished: int
-    failed: int
-    reserved_bytes: int
 
 
 @dataclass
@@ -84,7 +55,7 @@ class Scheduler:
         self.waiting: deque[Job] = deque()
         self.reader: PromptReader[Job] = PromptReader(self.model, self.features)
         self.running: dict[int, Job] = {}  # by id of the row
-        self.counts = _Counts()
+        self.counts = Counts()
 
     @property
     def busy(self) -> bool:
@@ -287,7 +258,8 @@ class Scheduler:
             batch.unread = None
             self._read(before)
             if batch.rows:
-                batch.verify(speculation.drafts(batch.rows))
+                drafts = speculation.drafts(batch.rows)
+                self._draw(batch.verify(drafts), drafts)
             return
         self._let_go([row for row in batch.rows if row.drawn >= row.max_tokens])
         logits: mx.array | None = None
@@ -295,7 +267,7 @@ class Scheduler:
         if batch.rows:
             logits = batch.forward()
             if not waits:
-                batch.unread = draw_rows(logits, batch.rows)
+                self._draw(logits)
         if logits is None or waits:
             batch.unread = None
         if logits is not None and waits:
@@ -306,7 +278,11 @@ class Scheduler:
             kept = [i for i, row in enumerate(rows) if any(row is other for other in batch.rows)]
             if len(kept) < len(rows):
                 logits = logits[mx.array(kept)]
-            batch.unread = draw_rows(logits, batch.rows)
+            self._draw(logits)
+
+    def _draw(self, logits: mx.array, drafts: list[Draft] | None = None) -> None:
+        for row, error in self.batch.draw(logits, drafts):
+            self._fail(self.running[id(row)], error)
 
     def _read(self, drawn: Drawn) -> None:
         for answer in self.batch.read(drawn):
@@ -366,7 +342,11 @@ class Scheduler:
     # The end
 
     def _finish(self, job: Job, reason: FinishReason) -> None:
-        chunks = job.end(reason)
+        try:
+            chunks = job.end(reason)
+        except Exception as error:  # noqa: BLE001
+            self._fail(job, error)
+            return
         self.counts.finished += 1
         self._forget(job)
         for chunk in chunks:
@@ -397,3 +377,6 @@ class Scheduler:
         if job.row is not None:
             self._keep([row for row in self.batch.rows if row is not job.row])
             self.running.pop(id(job.row), None)
+            unread = self.batch.unread
+            if unread is not None and not any(id(row) in self.running for row in unread.rows):
+                self.batch.unread = None

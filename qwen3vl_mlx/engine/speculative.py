@@ -87,9 +87,12 @@ def _usable(row: Decoding, guess: Sequence[int]) -> tuple[int, ...]:
     """A guess up to an end token, or to what the row's guide forbids."""
     ends = (i + 1 for i, token in enumerate(guess) if token in row.end_tokens)
     draft = tuple(guess[: next(ends, len(guess))])
-    if row.guide is not None and draft:
-        draft = draft[: row.guide.accepts(draft)]
-    return draft
+    if row.guide is None or not draft:
+        return draft
+    try:
+        return draft[: row.guide.accepts(draft)]
+    except Exception:  # noqa: BLE001
+        return ()  # a guide that is broken says so when it is asked for its mask
 
 
 class Either:
