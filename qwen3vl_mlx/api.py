@@ -14,7 +14,6 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,27 +22,23 @@ import numpy as np
 import numpy.typing as npt
 
 from qwen3vl_mlx import hub
+from qwen3vl_mlx.asking import Asking, Form, Look
 from qwen3vl_mlx.conversation import Chat, VideoSource, as_messages
-from qwen3vl_mlx.engine import generation
 from qwen3vl_mlx.engine.constraints import GrammarCompiler
 from qwen3vl_mlx.engine.draft_model import DraftCheckpoint
 from qwen3vl_mlx.engine.engine import Engine, EngineOptions
-from qwen3vl_mlx.engine.grammar import Grammar, parse_grammar
+from qwen3vl_mlx.engine.full_pass import full_logits
 from qwen3vl_mlx.engine.memory import wire_memory
 from qwen3vl_mlx.engine.output import Completion, collect
-from qwen3vl_mlx.engine.penalties import breaker_tokens
 from qwen3vl_mlx.engine.request import Request, Stream
 from qwen3vl_mlx.engine.sampling import SamplingParams, asked_params, default_params
-from qwen3vl_mlx.engine.state import CacheState
-from qwen3vl_mlx.errors import CheckpointError, InputError, PromptError
+from qwen3vl_mlx.errors import CheckpointError, InputError
 from qwen3vl_mlx.jsonfiles import read_generation_config
 from qwen3vl_mlx.media import ImageSource
 from qwen3vl_mlx.models.config import read_config
 from qwen3vl_mlx.models.qwen3_vl import Model
 from qwen3vl_mlx.processing.processor import MaxPixels, Messages, Processor
-from qwen3vl_mlx.processing.prompt import Prompt
 from qwen3vl_mlx.processing.tokenizer import Tokenizer, end_token_ids
-from qwen3vl_mlx.processing.truncation import shorten
 from qwen3vl_mlx.weights import load_weights
 
 if TYPE_CHECKING:
@@ -120,16 +115,22 @@ class Qwen3VL:
         except InputError as error:
             raise CheckpointError(f"generation_config.json: {error}") from error
         self.eos_token_ids = end_token_ids(generation_config, processor.tokenizer)
-        self.compiler = GrammarCompiler(
-            processor.tokenizer, model.config.text.vocab_size, self.eos_token_ids
+        vocab_size = model.config.text.vocab_size
+        self.asking = Asking(
+            processor,
+            GrammarCompiler(processor.tokenizer, vocab_size, self.eos_token_ids),
+            self.eos_token_ids,
+            self.context_length,
+            vocab_size,
         )
-        self._known_breakers: dict[tuple[str, ...], frozenset[int]] = {}
-        self.engine = self._new_engine(options or EngineOptions())
+        self._use(self._new_engine(model, options or EngineOptions()))
 
-    def _new_engine(self, options: EngineOptions) -> Engine:
-        engine = Engine(self.model, self.processor.tokenizer, self.compiler, options)
+    def _new_engine(self, model: Model, options: EngineOptions) -> Engine:
+        return Engine(model, self.processor.tokenizer, self.asking.compiler, options)
+
+    def _use(self, engine: Engine) -> None:
+        self.engine = engine
         self._stop = weakref.finalize(self, engine.close)  # its thread would hold the weights
-        return engine
 
     @property
     def context_length(self) -> int:
@@ -147,7 +148,7 @@ class Qwen3VL:
         parallel_tool_calls: bool | None = None,
         response_format: Mapping[str, Any] | None = None,
         grammar: Mapping[str, Any] | None = None,
-        params: SamplingParams | None = None,
+        sampling: Mapping[str, Any] | None = None,
         max_tokens: int | None = None,
         temperature: float | None = None,
         top_p: float | None = None,
@@ -172,12 +173,13 @@ class Qwen3VL:
         """Answer a prompt about `images` and `videos`, or a list of OpenAI chat messages.
 
         Images are paths, URLs, data URIs, base64, bytes, PIL images or arrays; videos are lists
-        of frames or `Video`. Sampling parameters left unset come from `params`, and without it
-        from generation_config.json. response_format, tool_choice: as OpenAI has them; grammar:
-        {"type": "regex" | "lark" | "json_schema", "value": ...}. thinking_budget: tokens of
-        thought at most. timeout: seconds after which the answer is cut off. truncate drops the
-        oldest turns of a conversation that is too long. max_pixels None is the desktop budget,
-        "full" the checkpoint's. n: answers wanted; those after the first are its `alternatives`.
+        of frames or `Video`. Sampling parameters left unset come from generation_config.json;
+        `sampling` takes those without a name here: see `SamplingParams`. response_format,
+        tool_choice: as OpenAI has them; grammar: {"type": "regex" | "lark" | "json_schema",
+        "value": ...}. thinking_budget: tokens of thought at most. timeout: seconds after which the
+        answer is cut off. truncate drops the oldest turns of a conversation that is too long.
+        max_pixels None is the desktop budget, "full" the checkpoint's. n: answers wanted; those
+        after the first are its `alternatives`.
         Raises InputError.
         """
         if type(n) is not int or n < 1:
@@ -192,7 +194,7 @@ class Qwen3VL:
                 parallel_tool_calls=parallel_tool_calls,
                 response_format=response_format,
                 grammar=grammar,
-                params=params,
+                sampling=sampling,
                 max_tokens=max_tokens,
                 temperature=temperature,
                 top_p=top_p,
@@ -230,7 +232,7 @@ class Qwen3VL:
         parallel_tool_calls: bool | None = None,
         response_format: Mapping[str, Any] | None = None,
         grammar: Mapping[str, Any] | None = None,
-        params: SamplingParams | None = None,
+        sampling: Mapping[str, Any] | None = None,
         max_tokens: int | None = None,
         temperature: float | None = None,
         top_p: float | None = None,
@@ -258,7 +260,7 @@ class Qwen3VL:
         started = time.perf_counter()
         wanted = asked_params(
             self.default_params,
-            params,
+            sampling,
             {
                 "max_tokens": max_tokens,
                 "temperature": temperature,
@@ -276,33 +278,19 @@ class Qwen3VL:
                 "thinking_budget": thinking_budget,
             },
         )
-        rules = parse_grammar(
-            response_format, grammar, tools, tool_choice, parallel_tool_calls=parallel_tool_calls
-        )
-        if tool_choice == "none":
-            tools = None  # what the model does not see it does not call
-        conversation = as_messages(messages, images, videos)
-        layout = partial(self.processor.prompt, tools=tools, add_vision_id=add_vision_id)
-        if truncate:
-            answer = wanted.max_tokens or min(_ANSWER_ROOM, self.context_length // 4)
-            budget = self.processor.image_budget(min_pixels, max_pixels)
-            conversation = self.processor.read(conversation, budget)
-            conversation = shorten(conversation, layout, self.context_length - answer)
-            prompt = layout(conversation)
-        else:
-            prompt = layout(conversation, min_pixels=min_pixels, max_pixels=max_pixels)
-        request = self.request(
-            prompt,
+        request = self.asking.prepare(
+            as_messages(messages, images, videos),
             wanted,
-            tools=bool(tools),
-            grammar=rules,
+            Form(tools, tool_choice, parallel_tool_calls, response_format, grammar),
+            Look(min_pixels, max_pixels, add_vision_id),
+            truncate=truncate,
             timeout=timeout,
             started=started,
         )
         return self.run(request)
 
     def run(self, request: Request) -> Stream:
-        """Answer a request from `request()`."""
+        """Answer a request from `asking`. Raises InputError where it can never fit."""
         return Stream(self.engine.submit(request), self)
 
     def repeat(self, stream: Stream, count: int) -> list[Stream]:
@@ -337,18 +325,19 @@ class Qwen3VL:
         """
         if quantize is None:
             raise InputError('requantize takes a quantization such as "4bit"')
+        refusal = "answers are being generated: requantize when they have ended"
         self.engine.call(lambda: None)  # what was cancelled before has ended then
         if self.engine.busy:
-            running = self.engine.stats.load
-            count = running.waiting + running.prefilling + running.running
-            raise InputError(
-                f"answers are being generated ({count}): requantize when they have ended"
-            )
+            raise InputError(refusal)
         config = read_config(self.source.folder)
         dtype = self.model.vision_tower.patch_embed.proj.weight.dtype
-        self.model = load_weights(self.source.folder, config, quantize, topology, dtype, progress)
+        model = load_weights(self.source.folder, config, quantize, topology, dtype, progress)
+        engine = self._new_engine(model, self.engine.options)
+        if not self.engine.close_if_idle():
+            raise InputError(refusal)
         self._stop()
-        self.engine = self._new_engine(self.engine.options)
+        self.model = model
+        self._use(engine)
         mx.clear_cache()
         wire_memory()
 
@@ -363,55 +352,6 @@ class Qwen3VL:
         from qwen3vl_mlx.saving import save_model
 
         save_model(self.model, self.source, Path(folder).expanduser(), force, progress)
-
-    def request(
-        self,
-        prompt: Prompt,
-        params: SamplingParams,
-        *,
-        tools: bool,
-        grammar: Grammar | None = None,
-        timeout: float | None = None,
-        started: float,
-    ) -> Request:
-        """What the engine runs. Raises PromptError for a prompt that fills the context."""
-        params.check_vocabulary(self.model.config.text.vocab_size)
-        if timeout is not None and not timeout > 0:
-            raise InputError(f"timeout must be a number of seconds above 0, got {timeout!r}")
-        if grammar is not None:
-            self.compiler.compile(grammar)  # here, not while others wait for their tokens
-        room = self._room(prompt)
-        return Request(
-            prompt=prompt,
-            params=params,
-            max_tokens=room if params.max_tokens is None else min(params.max_tokens, room),
-            eos_token_ids=self.eos_token_ids,
-            thinking=self.processor.template.opens_thinking,
-            tools=tools,
-            preparation_sec=time.perf_counter() - started,
-            grammar=grammar,
-            timeout=timeout,
-            breakers=self._breakers(params),
-        )
-
-    def _breakers(self, params: SamplingParams) -> frozenset[int]:
-        """DRY's breakers as tokens; the vocabulary is read once for each set of texts."""
-        texts = params.dry_sequence_breakers
-        if not params.dry_multiplier:
-            return frozenset()
-        if texts not in self._known_breakers:
-            self._known_breakers[texts] = breaker_tokens(self.processor.tokenizer, texts)
-        return self._known_breakers[texts]
-
-    def _room(self, prompt: Prompt) -> int:
-        """Tokens the answer may have. Raises PromptError for a prompt that fills the context."""
-        length = len(prompt.token_ids)
-        if length >= self.context_length:
-            raise PromptError(
-                f"the prompt has {length} tokens and the model's context holds "
-                f"{self.context_length}, answer included; shorten it or lower max_pixels"
-            )
-        return self.context_length - length
 
     def chat(
         self,
@@ -442,26 +382,9 @@ class Qwen3VL:
     ) -> npt.NDArray[np.float32]:
         """Next-token logits at every position of the prompt that `generate` would answer.
 
-        Returns (L, vocab_size). Raises InputError as `generate` does.
+        Returns (L, vocab_size). Answers that are being generated go on meanwhile. Raises InputError
+        as `generate` does.
         """
-        prompt = self.processor.prompt(
-            as_messages(messages, images, videos),
-            tools=tools,
-            min_pixels=min_pixels,
-            max_pixels=max_pixels,
-            add_vision_id=add_vision_id,
-        )
-        self._room(prompt)
-
-        def full_pass() -> npt.NDArray[np.float32]:
-            hidden = generation.forward(
-                self.model, prompt, self.new_state(), 0, generation.PREFILL_CHUNK
-            )
-            logits = (self.model.language_model.logits(part)[0] for part in hidden)
-            return np.concatenate([np.array(part.astype(mx.float32)) for part in logits])
-
-        return self.engine.call(full_pass)
-
-    def new_state(self) -> CacheState:
-        """An empty cache for one sequence."""
-        return CacheState.empty(self.model.config.text.num_hidden_layers)
+        look = Look(min_pixels, max_pixels, add_vision_id)
+        prompt = self.asking.prompt(as_messages(messages, images, videos), tools, look)
+        return full_logits(self.engine, self.model, prompt)

@@ -23,7 +23,6 @@ from qwen3vl_mlx.bench_measure import another_engine
 from qwen3vl_mlx.demo.scenes import make_scene
 from qwen3vl_mlx.engine.engine import EngineOptions
 from qwen3vl_mlx.engine.output import Usage, collect
-from qwen3vl_mlx.engine.sampling import SamplingParams
 from qwen3vl_mlx.loading import default_dtype
 from qwen3vl_mlx.processing.processor import Messages
 
@@ -153,7 +152,9 @@ def _ask(
     """Answer a conversation; `full` goes on past end tokens."""
     answer = model.stream(
         work.conversations[name],
-        params=SamplingParams(temperature=0, max_tokens=work.max_tokens, ignore_eos=full),
+        temperature=0,
+        max_tokens=work.max_tokens,
+        sampling={"ignore_eos": full},
         min_pixels=work.small_pixels,
         max_pixels=work.pixels,
     )

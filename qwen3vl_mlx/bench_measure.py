@@ -104,7 +104,7 @@ def measure(model: Qwen3VL, image: Image, workload: Workload) -> Measured:
         as_messages(workload.prompt, [image], ()), min_pixels=pixels, max_pixels=pixels
     )
     params = SamplingParams(temperature=0, max_tokens=workload.max_tokens, ignore_eos=True)
-    request = model.request(prompt, params, tools=False, started=started)
+    request = model.asking.request(prompt, params, tools=False, started=started)
     model.engine.clear_caches()
     answer = model.run(request)
     usage = collect(answer).usage

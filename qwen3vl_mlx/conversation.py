@@ -6,9 +6,10 @@ import time
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+from qwen3vl_mlx.asking import Form, Look
 from qwen3vl_mlx.engine.output import Chunk, Completion, collect
 from qwen3vl_mlx.engine.request import Request
-from qwen3vl_mlx.engine.sampling import SamplingParams
+from qwen3vl_mlx.engine.sampling import SamplingParams, unbent
 from qwen3vl_mlx.errors import InputError
 from qwen3vl_mlx.media import ImageSource
 from qwen3vl_mlx.processing.processor import MaxPixels, Messages
@@ -47,12 +48,27 @@ class Chat:
         *,
         images: Sequence[ImageSource] = (),
         videos: Sequence[VideoSource] = (),
+        tool_choice: str | Mapping[str, Any] | None = None,
+        response_format: Mapping[str, Any] | None = None,
+        timeout: float | None = None,
+        truncate: bool = False,
     ) -> Completion:
         """Say something, with pictures if you like, and return the whole answer.
 
-        content None adds no turn: the model goes on after `add_tool_result`.
+        content None adds no turn: the model goes on after `add_tool_result`. truncate lets the
+        model read the newest turns only, where all are too many. The rest is as in `generate`.
         """
-        return collect(self.stream(content, images=images, videos=videos))
+        return collect(
+            self.stream(
+                content,
+                images=images,
+                videos=videos,
+                tool_choice=tool_choice,
+                response_format=response_format,
+                timeout=timeout,
+                truncate=truncate,
+            )
+        )
 
     def stream(
         self,
@@ -60,10 +76,14 @@ class Chat:
         *,
         images: Sequence[ImageSource] = (),
         videos: Sequence[VideoSource] = (),
+        tool_choice: str | Mapping[str, Any] | None = None,
+        response_format: Mapping[str, Any] | None = None,
+        timeout: float | None = None,
+        truncate: bool = False,
     ) -> Iterator[Chunk]:
         """`send`, chunk by chunk. Closing the iterator keeps the turn and what was said so far.
 
-        A turn that fails before its first token leaves no trace. A chat gives one answer at a
+        A turn that says nothing before it is cut off leaves no trace. A chat gives one answer at a
         time: asking again closes an answer that is still open.
         """
         started = time.perf_counter()
@@ -77,9 +97,15 @@ class Chat:
             turn.extend(seen)
         elif images or videos:
             raise InputError("images and videos need a text: send(content, images=...)")
-        messages = [*self.messages, *turn]
-        prompt = self.model.processor.prompt(messages, tools=self.tools)
-        request = self.model.request(prompt, self.params, tools=bool(self.tools), started=started)
+        request = self.model.asking.prepare(
+            [*self.messages, *turn],
+            unbent(self.params, self.model.default_params),
+            Form(self.tools, tool_choice, response_format=response_format),
+            Look(),
+            truncate=truncate,
+            timeout=timeout,
+            started=started,
+        )
         self._running = self._record(turn, request)
         return self._running
 
@@ -104,8 +130,14 @@ class Chat:
                 yield chunk
         finally:
             answer.close()
-            if chunks:
+            if any(_says_something(chunk) for chunk in chunks):
                 self.messages += [*turn, _assistant_message(chunks)]
+
+
+def _says_something(chunk: Chunk) -> bool:
+    """Whether it is part of an answer, or its own end."""
+    said = bool(chunk.text or chunk.reasoning or chunk.tool_calls)
+    return said or chunk.finish_reason not in (None, "cancelled", "timeout")
 
 
 def _assistant_message(chunks: Sequence[Chunk]) -> Mapping[str, Any]:

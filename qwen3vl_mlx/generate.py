@@ -101,6 +101,15 @@ def _add_sampling(group: argparse._ArgumentGroup) -> None:
     )
     group.add_argument("--frequency-penalty", type=float, metavar="X", help="over the answer")
     group.add_argument("--presence-penalty", type=float, metavar="X", help="over the answer")
+    group.add_argument(
+        "--dry-multiplier", type=float, metavar="X", help="DRY: against repeated phrases (0.8)"
+    )
+    group.add_argument(
+        "--logit-bias", action="append", metavar="ID=X", help="add X to a token's logit; repeat"
+    )
+    group.add_argument(
+        "--ignore-eos", action="store_true", help="go on to --max-tokens, past the answer's end"
+    )
     group.add_argument("--stop", action="append", metavar="TEXT", help="end before TEXT; repeat")
     group.add_argument("--seed", type=int, metavar="N", help="the same seed, the same answer")
 
@@ -156,6 +165,8 @@ def answer(args: argparse.Namespace) -> None:
 
     if args.full_resolution and args.max_pixels is not None:
         raise InputError("--full-resolution and --max-pixels exclude each other")
+    if args.top_logprobs is not None and not args.json:
+        raise InputError("--top-logprobs shows in --json only: give both")
     prompt = read_prompt(args.prompt, len(args.image))
     images = [load_image(source) for source in args.image]  # before the weights: fail early
 
@@ -177,6 +188,10 @@ def answer(args: argparse.Namespace) -> None:
         "thinking_budget": args.thinking_budget,
         "top_logprobs": args.top_logprobs,
         "logprobs": None if args.top_logprobs is None else True,
+        "loop_guard": args.loop_guard or None,
+        "ignore_eos": args.ignore_eos or None,
+        "dry_multiplier": args.dry_multiplier,
+        "logit_bias": logit_bias(args.logit_bias),
     }
     SamplingParams().updated(sampling)  # before the weights too
     form = answer_form(args)
@@ -196,9 +211,8 @@ def answer(args: argparse.Namespace) -> None:
         max_pixels="full" if args.full_resolution else args.max_pixels,
         add_vision_id=args.number_images,
         timeout=args.timeout,
-        params=replace(model.default_params, loop_guard=True) if args.loop_guard else None,
+        sampling=sampling,
         **form,
-        **sampling,
     )
     printer = Printer(args)
     try:
@@ -240,6 +254,19 @@ def answer_form(args: argparse.Namespace) -> dict[str, Any]:
         grammar = {"type": "lark", "value": read_text("--lark", args.lark)}
     parse_grammar(response_format, grammar)  # before the weights
     return {"response_format": response_format, "grammar": grammar}
+
+
+def logit_bias(given: Sequence[str] | None) -> dict[int, float] | None:
+    """--logit-bias as the library takes it. Raises InputError naming the option."""
+    from qwen3vl_mlx.errors import InputError
+
+    if given is None:
+        return None
+    try:
+        pairs = [text.split("=") for text in given]
+        return {int(token): float(value) for token, value in pairs}
+    except ValueError as error:
+        raise InputError(f"--logit-bias takes ID=X, such as 17=-5, got {given}") from error
 
 
 def read_text(option: str, name: str) -> str:

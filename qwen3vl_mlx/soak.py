@@ -29,7 +29,6 @@ from qwen3vl_mlx.demo.scenes import Question, is_correct, make_scene, questions
 from qwen3vl_mlx.engine.engine import EngineOptions
 from qwen3vl_mlx.engine.output import collect
 from qwen3vl_mlx.engine.request import Stream
-from qwen3vl_mlx.engine.sampling import SamplingParams
 from qwen3vl_mlx.processing.processor import Messages
 
 Outcome: TypeAlias = Literal["right", "wrong", "cancelled", "lost"]
@@ -39,7 +38,7 @@ _SCENES = 48
 _ASKED = 3  # questions about each picture
 _CANCELLED = 0.2  # share of the requests
 _PAUSE_SEC = 0.02  # on average, before a thread asks again
-_PARAMS = SamplingParams(temperature=0, max_tokens=64)
+_MAX_TOKENS = 64
 _ALONE = EngineOptions(max_batch=1, prefix_cache_bytes=0, feature_cache_bytes=0)
 # So small that entries are evicted all the time.
 _TOGETHER = EngineOptions(prefix_cache_bytes=8 * 2**20, feature_cache_bytes=2**20)
@@ -151,7 +150,7 @@ def answered_alone(model: Qwen3VL, scenes: int) -> list[Ask]:
 
 
 def _ask(model: Qwen3VL, messages: Messages, question: Question) -> Ask:
-    answer = model.stream(messages, params=_PARAMS)
+    answer = model.stream(messages, temperature=0, max_tokens=_MAX_TOKENS)
     true = is_correct(question, collect(answer).text)
     return Ask(messages, tuple(answer.handle.tokens), true)
 
@@ -214,7 +213,7 @@ class _Clients:
 
 def _outcome(model: Qwen3VL, ask: Ask, chunks: int | None) -> tuple[Outcome, str]:
     """Ask, cancel after so many chunks, and judge what came until the last chunk."""
-    answer: Stream = model.stream(ask.messages, params=_PARAMS)
+    answer: Stream = model.stream(ask.messages, temperature=0, max_tokens=_MAX_TOKENS)
     reason = None
     if chunks == 0:
         answer.handle.cancel()

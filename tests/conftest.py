@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -15,11 +16,15 @@ os.environ.setdefault("MLX_ENABLE_TF32", "0")  # before MLX starts: newer GPUs r
 import layouts
 import tiny
 from asking import SCENES
+from disks import Disk
 from driving import Driver, recording
+from law import INPUTS
 from PIL.Image import Image
 
 from qwen3vl_mlx.api import Qwen3VL, load
+from qwen3vl_mlx.engine.engine import EngineOptions
 from qwen3vl_mlx.media import load_image
+from qwen3vl_mlx.processing.prompt import Prompt
 from qwen3vl_mlx.quant.recipes import parse_recipe
 
 
@@ -49,11 +54,46 @@ def tiny_model(tiny_folder: Callable[[str], Path]) -> Callable[[str], Qwen3VL]:
     return cache(loaded)
 
 
+@pytest.fixture(scope="session")
+def model(tiny_model: Callable[[str], Qwen3VL]) -> Qwen3VL:
+    """The smallest, for what does not depend on the architecture."""
+    return tiny_model("dense64")
+
+
+@pytest.fixture(scope="session")
+def prompts(model: Qwen3VL) -> dict[str, Prompt]:
+    """`law.INPUTS`, laid out for `model`."""
+    return {name: model.processor.prompt(messages) for name, messages in INPUTS.items()}
+
+
+@pytest.fixture
+def serve() -> Iterator[Callable[..., Qwen3VL]]:
+    """`serve(**options)`: the demo checkpoint on an engine of its own."""
+    models: list[Qwen3VL] = []
+
+    def served(**options: Any) -> Qwen3VL:
+        models.append(load("demo", engine=EngineOptions(**options)))
+        return models[-1]
+
+    yield served
+    for each in models:
+        each.close()
+
+
 @pytest.fixture
 def drive() -> Iterator[Callable[..., Driver]]:
     """`drive(model, **options)`: its scheduler, stepped by hand, whose draws are recorded."""
     with recording() as drawn:
         yield lambda model, **options: Driver(model, drawn, **options)
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Disk]:
+    """A folder for prefix caches, all closed at the end."""
+    disk = Disk(tmp_path / "prefixes")
+    yield disk
+    for opened in disk.open:
+        opened.close()
 
 
 @pytest.fixture(scope="session")

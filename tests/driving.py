@@ -56,7 +56,7 @@ class Driver:
         self.model = model
         self.drawn = drawn
         engine = Engine(
-            model.model, model.processor.tokenizer, model.compiler, EngineOptions(**options)
+            model.model, model.processor.tokenizer, model.asking.compiler, EngineOptions(**options)
         )
         self.scheduler: Scheduler = engine.scheduler  # the engine's thread never starts
 
@@ -73,7 +73,7 @@ class Driver:
         """Put a request into the queue; it has no end token."""
         wanted = SamplingParams(**{"temperature": 0.0, "seed": next(_SEEDS), **params})
         wanted = replace(wanted, max_tokens=max_tokens)
-        request = self.model.request(
+        request = self.model.asking.request(
             prompt, wanted, tools=False, grammar=grammar, started=time.perf_counter()
         )
         request = replace(request, eos_token_ids=frozenset(), timeout=timeout)

@@ -10,10 +10,10 @@ import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 from driving import WORDS
+from passes import decode, forward
 
 from qwen3vl_mlx.api import Qwen3VL
-from qwen3vl_mlx.engine import generation, kv_cache
-from qwen3vl_mlx.engine.state import CacheState
+from qwen3vl_mlx.engine import kv_cache
 from qwen3vl_mlx.models.positions import rope_index
 from qwen3vl_mlx.processing.prompt import Prompt
 
@@ -21,6 +21,7 @@ STEPS = 16
 TOLERANCE = 1e-4  # of the largest logit
 Picture: TypeAlias = npt.NDArray[np.uint8]
 Messages: TypeAlias = list[dict[str, Any]]
+Layers: TypeAlias = list[Any]
 
 
 def picture(seed: int, width: int = 64, height: int = 64) -> Picture:
@@ -84,14 +85,14 @@ class Run:
 
 
 class Recorder:
-    """A greedy sampler that keeps the logits it is given."""
+    """A greedy choice that keeps the logits it is given."""
 
     def __init__(self) -> None:
         self.seen: list[mx.array] = []
 
-    def __call__(self, logits: mx.array) -> mx.array:
+    def __call__(self, logits: mx.array) -> int:
         self.seen.append(logits[None])
-        return mx.argmax(logits[:WORDS]).reshape(1)
+        return int(mx.argmax(logits[:WORDS]).item())
 
 
 def to_numpy(parts: Sequence[mx.array]) -> npt.NDArray[np.float32]:
@@ -116,31 +117,31 @@ def extended(model: Qwen3VL, prompt: Prompt, answer: Sequence[int]) -> Prompt:
     return replace(prompt, token_ids=token_ids, index=index)
 
 
-def empty(model: Qwen3VL, kv_bits: int | None = None) -> CacheState:
-    return CacheState(kv_cache.new_layers(model.model.config.text, kv_bits))
+def empty(model: Qwen3VL, kv_bits: int | None = None) -> Layers:
+    return kv_cache.new_layers(model.model.config.text, kv_bits)
 
 
 def pass_through(
-    model: Qwen3VL, prompt: Prompt, state: CacheState, start: int, chunk: int
+    model: Qwen3VL, prompt: Prompt, layers: Layers, start: int, chunk: int
 ) -> list[mx.array]:
     """Prefill from `start`; the logits of each chunk, (n, vocab)."""
-    hidden = generation.forward(model.model, prompt, state, start, chunk)
+    hidden = forward(model.model, prompt, layers, start, chunk)
     return [model.model.language_model.logits(part)[0] for part in hidden]
 
 
 def go_on(
-    model: Qwen3VL, prompt: Prompt, state: CacheState, rows: list[mx.array], steps: int = STEPS
+    model: Qwen3VL, prompt: Prompt, layers: Layers, rows: list[mx.array], steps: int = STEPS
 ) -> Run:
     """Decode after a prefill whose logits are `rows`."""
     recorder = Recorder()
-    tokens = generation.decode(model.model, state, prompt.rope_delta, rows[-1][-1], recorder, steps)
+    tokens = decode(model.model, layers, prompt.rope_delta, rows[-1][-1], recorder, steps)
     return Run(list(tokens), to_numpy([*rows, *recorder.seen[1:]]))
 
 
 def one_shot(model: Qwen3VL, prompt: Prompt, chunk: int = 2048, kv_bits: int | None = None) -> Run:
-    state = empty(model, kv_bits)
-    rows = pass_through(model, prompt, state, 0, chunk)
-    return go_on(model, prompt, state, rows)
+    layers = empty(model, kv_bits)
+    rows = pass_through(model, prompt, layers, 0, chunk)
+    return go_on(model, prompt, layers, rows)
 
 
 def full_pass(model: Qwen3VL, prompt: Prompt, kv_bits: int | None = None) -> Run:

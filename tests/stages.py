@@ -19,11 +19,11 @@ import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 import tiny
+from passes import decode, forward
 from PIL import Image
 
 from qwen3vl_mlx._mlx_lm.models.cache import BatchKVCache
-from qwen3vl_mlx.engine import generation
-from qwen3vl_mlx.engine.state import CacheState
+from qwen3vl_mlx.engine import kv_cache
 from qwen3vl_mlx.models import text, vision
 from qwen3vl_mlx.models.qwen3_vl import Model
 from qwen3vl_mlx.models.text import VisualTokens
@@ -313,18 +313,18 @@ def batch_stages(model: Model, prompts: Sequence[Prompt]) -> list[Stages]:
 
 
 def decoded(model: Model, prompt: Prompt) -> Array:
-    """Logits of the prompt's last token and of each of FOLLOWING, through the decode loop."""
-    state = CacheState.empty(model.config.text.num_hidden_layers)
+    """Logits of the prompt's last token and of each of FOLLOWING, token by token."""
+    layers = kv_cache.new_layers(model.config.text)
     rows: list[mx.array] = []
     forced = iter((*FOLLOWING, 0))
 
-    def sampler(logits: mx.array) -> mx.array:
+    def choose(logits: mx.array) -> int:
         rows.append(logits)
-        return mx.array([next(forced)])
+        return next(forced)
 
-    logits = generation.prefill(model, prompt, state)
-    count = len(FOLLOWING) + 1
-    steps = generation.decode(model, state, prompt.rope_delta, logits, sampler, count)  # type: ignore[arg-type]
+    (hidden,) = forward(model, prompt, layers)
+    logits = model.language_model.logits(hidden[:, -1:])[0, 0]
+    steps = decode(model, layers, prompt.rope_delta, logits, choose, len(FOLLOWING) + 1)
     assert tuple(steps)[:-1] == FOLLOWING
     return np.stack([_numpy(row) for row in rows])
 

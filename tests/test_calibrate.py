@@ -13,12 +13,11 @@ import numpy as np
 import pytest
 import tiny
 from mlx.utils import tree_flatten
+from passes import forward
 from safetensors.numpy import save_file
 
 from qwen3vl_mlx import Qwen3VL, load
 from qwen3vl_mlx.demo import CHECKPOINT
-from qwen3vl_mlx.engine.generation import forward
-from qwen3vl_mlx.engine.state import CacheState
 from qwen3vl_mlx.errors import InputError
 from qwen3vl_mlx.models.config import Quantization, read_config
 from qwen3vl_mlx.quant import apply, recipes
@@ -217,8 +216,7 @@ def predictions(model: Qwen3VL, asked: list[Example]) -> list[mx.array]:
     """Log-probabilities after each of an example's tokens, (L, vocab_size)."""
     found = []
     for example in asked:
-        state = CacheState.empty(model.model.config.text.num_hidden_layers)
-        (hidden,) = forward(model.model, example.prompt, state, 0, 4096)
+        (hidden,) = forward(model.model, example.prompt)
         logits = model.model.language_model.logits(hidden[0])
         found.append(logits - mx.logsumexp(logits, axis=-1, keepdims=True))
     mx.eval(found)

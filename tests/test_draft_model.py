@@ -121,7 +121,7 @@ def test_guesses_follow_what_was_said(tiny_model: Models, bits: int | None) -> N
             row = Decoding(
                 sampler, sampler.start(), None, prompt.rope_delta, 99, None, len(prompt.token_ids)
             )
-            request = model.request(prompt, sampler.params, tools=False, started=0.0)
+            request = model.asking.request(prompt, sampler.params, tools=False, started=0.0)
             rows.append(row)
             drafter.begin(row, request)
             while not drafter.waits(row):

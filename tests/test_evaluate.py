@@ -15,6 +15,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import numpy.typing as npt
+import passes
 import pytest
 import tiny
 from PIL import Image
@@ -24,7 +25,6 @@ from qwen3vl_mlx import evaluate as command
 from qwen3vl_mlx.api import Qwen3VL, load
 from qwen3vl_mlx.demo import CHECKPOINT, EXAMPLE
 from qwen3vl_mlx.demo.scenes import Question, Scene, is_correct, make_scene, questions
-from qwen3vl_mlx.engine import generation
 from qwen3vl_mlx.errors import InputError, WeightsError
 from qwen3vl_mlx.models.positions import rope_index
 from qwen3vl_mlx.processing.prompt import Prompt
@@ -39,7 +39,7 @@ from qwen3vl_mlx.quant.examples import (
     about,
     demo_examples,
     folder_examples,
-    greedy_answer,
+    greedy_answers,
     scene_questions,
     spread,
     with_answer,
@@ -139,8 +139,10 @@ def test_answers_stand_where_decoding_puts_them(
 ) -> None:
     model = tiny_model(variant)
     config = model.model.config
-    for prompt in prompts_of(model):
-        answer = greedy_answer(model.model, prompt, frozenset(), 12)
+    prompts = prompts_of(model)
+    answers = list(greedy_answers(model, prompts, 12))
+    assert min(map(len, answers)) == 12
+    for prompt, answer in zip(prompts, answers, strict=True):
         example = with_answer("x", prompt, answer)
         laid_out = rope_index(
             example.prompt.token_ids,
@@ -165,9 +167,9 @@ def test_an_answer_has_a_token(demo: Qwen3VL) -> None:
 def test_greedy_answers_end_with_their_end_token(demo: Qwen3VL) -> None:
     prompt = demo.processor.prompt(about(EXAMPLE, "How many shapes are there?"))
     text = demo.generate("How many shapes are there?", images=[EXAMPLE], temperature=0).text
-    tokens = greedy_answer(demo.model, prompt, demo.eos_token_ids, 50)
+    (tokens,) = greedy_answers(demo, [prompt], 50)
     assert tokens == demo.processor.tokenizer.encode(f"{text}<|im_end|>")
-    assert greedy_answer(demo.model, prompt, demo.eos_token_ids, 1) == tokens[:1]
+    assert list(greedy_answers(demo, [prompt], 1)) == [tokens[:1]]
 
 
 def test_a_folder_of_pictures(demo: Qwen3VL, tmp_path: Path) -> None:
@@ -194,9 +196,7 @@ def test_a_folder_of_pictures(demo: Qwen3VL, tmp_path: Path) -> None:
     for example in found[:2]:
         assert 1 <= len(example.answer_ids) <= 5
         asked = asked_again(demo, tmp_path, example)
-        assert (
-            greedy_answer(demo.model, asked, demo.eos_token_ids, 5) == example.answer_ids.tolist()
-        )
+        assert list(greedy_answers(demo, [asked], 5)) == [example.answer_ids.tolist()]
 
 
 def asked_again(model: Qwen3VL, folder: Path, example: Example) -> Prompt:
@@ -237,7 +237,7 @@ def test_pictures_are_spread_evenly(length: int, count: int, first: list[int]) -
 
 
 def forward(model: Qwen3VL, prompt: Prompt) -> npt.NDArray[np.float32]:
-    (hidden,) = generation.forward(model.model, prompt, model.new_state(), 0, 4096)
+    (hidden,) = passes.forward(model.model, prompt)
     return np.array(model.model.language_model.logits(hidden)[0])
 
 
@@ -286,7 +286,7 @@ def test_layers_keep_the_type_asked_for(checkpoint: Path) -> None:
     for _, _, inputs in passing.layers():
         assert {item.hidden.dtype for item in inputs} == {mx.bfloat16}
     for prompt, got in zip(prompts, passing.logits([slice(None)] * 2), strict=True):
-        (hidden,) = generation.forward(model.model, prompt, model.new_state(), 0, 4096)
+        (hidden,) = passes.forward(model.model, prompt)
         assert got.dtype == mx.bfloat16
         assert mx.array_equal(got, model.model.language_model.logits(hidden)[0])
 

@@ -105,7 +105,7 @@ def test_a_slice_is_kept_without_what_it_was_cut_from(evaluated: bool) -> None:
     del whole
     mx.synchronize()
     assert cache.stats.bytes == 500 * ROW
-    assert mx.get_active_memory() - before <= 1.1 * 500 * ROW
+    assert mx.get_active_memory() - before <= 2 * 500 * ROW  # the whole is 40 times as much
 
 
 def test_what_was_handed_out_outlives_its_eviction() -> None:

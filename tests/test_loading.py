@@ -28,11 +28,10 @@ from layouts import (
     write,
 )
 from mlx.utils import tree_flatten
+from passes import forward
 
 from qwen3vl_mlx import loading
 from qwen3vl_mlx.api import Qwen3VL
-from qwen3vl_mlx.engine import generation
-from qwen3vl_mlx.engine.state import CacheState
 from qwen3vl_mlx.layout import hub_name, module_name
 from qwen3vl_mlx.loading import build_model, check_weights, load_model, rename_weights
 from qwen3vl_mlx.models.config import read_config
@@ -59,8 +58,7 @@ def prompt(tiny_model: Callable[[str], Qwen3VL]) -> Prompt:
 def logits_of(prompt: Prompt) -> Callable[[Path], Logits]:
     def logits(folder: Path) -> Logits:
         model = load_model(folder)
-        state = CacheState.empty(model.config.text.num_hidden_layers)
-        (hidden,) = generation.forward(model, prompt, state, 0, 2048)
+        (hidden,) = forward(model, prompt)
         return np.array(model.language_model.logits(hidden)[0])
 
     return logits

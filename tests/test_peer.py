@@ -19,6 +19,7 @@ import pytest
 import tiny
 from asking import OTHER_TRUTH, QUESTION, SCENES, TRUTH
 from layouts import AFFINE4, wide_config, write
+from passes import forward
 
 pytestmark = pytest.mark.peer
 mlx_vlm = pytest.importorskip("mlx_vlm")
@@ -28,7 +29,6 @@ from mlx_vlm.prompt_utils import apply_chat_template  # noqa: E402
 
 from qwen3vl_mlx.api import Qwen3VL, load  # noqa: E402
 from qwen3vl_mlx.demo import CHECKPOINT  # noqa: E402
-from qwen3vl_mlx.engine import generation  # noqa: E402
 from qwen3vl_mlx.models.config import Quantization  # noqa: E402
 
 TOLERANCE = 1e-4  # of the largest logit
@@ -103,8 +103,8 @@ def test_converted_checkpoints_give_equal_logits(
 
 
 def our_logits(ours: Qwen3VL, prompt: Any) -> Logits:
-    hidden = generation.forward(ours.model, prompt, ours.new_state(), 0, 2048)
-    return np.array(ours.model.language_model.logits(next(hidden))[0])
+    (hidden,) = forward(ours.model, prompt)
+    return np.array(ours.model.language_model.logits(hidden)[0])
 
 
 @pytest.fixture(scope="module")

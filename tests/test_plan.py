@@ -17,7 +17,7 @@ import tiny
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qwen3vl_mlx.engine import generation
+from qwen3vl_mlx.engine.engine import EngineOptions
 from qwen3vl_mlx.errors import InputError
 from qwen3vl_mlx.models.config import ModelConfig, VisionConfig, parse_config, read_config
 from qwen3vl_mlx.models.text import LanguageModel
@@ -182,7 +182,7 @@ def fits(name: str, mac: int, context: int, index: int) -> bool:
 
 
 def test_what_is_assumed_of_the_engine() -> None:
-    assert planning.PREFILL_CHUNK == generation.PREFILL_CHUNK
+    assert EngineOptions().prefill_chunk == planning.PREFILL_CHUNK
     assert DEFAULT_IMAGE_TOKENS * 32 * 32 == DESKTOP_MAX_PIXELS
 
 

@@ -138,20 +138,21 @@ CARD = default_params({"do_sample": True, "temperature": 0.7})
 
 
 @pytest.mark.parametrize(
-    ("params", "changes", "penalty"),
+    ("sampling", "named", "penalty"),
     [
         (None, {}, 1.5),
         (None, {"temperature": 0.2}, 1.5),
         (None, {"temperature": 0}, 0.0),  # greedy answers are those of the model's own logits
-        (None, {"temperature": 0, "presence_penalty": 0.7}, 0.7),
-        (SamplingParams(temperature=0, presence_penalty=0.3), {}, 0.3),
-        (CARD, {"temperature": 0}, 0.0),
+        (None, {"temperature": 0, "presence_penalty": 1.5}, 1.5),
+        ({"temperature": 0}, {"presence_penalty": None}, 0.0),
+        ({"temperature": 0, "presence_penalty": 1.5}, {}, 1.5),
+        ({"temperature": 0.5}, {"temperature": 0}, 0.0),
     ],
 )
 def test_the_card_s_penalty_leaves_greedy_answers_alone(
-    params: SamplingParams | None, changes: Mapping[str, Any], penalty: float
+    sampling: Mapping[str, Any] | None, named: Mapping[str, Any], penalty: float
 ) -> None:
-    assert asked_params(CARD, params, changes).presence_penalty == penalty
+    assert asked_params(CARD, sampling, named).presence_penalty == penalty
 
 
 # Draws.

@@ -215,26 +215,18 @@ def test_requantizing_keeps_the_type(dtype: mx.Dtype, source: Callable[[str], Pa
 def test_not_while_an_answer_is_open(source: Callable[[str], Path]) -> None:
     model = load(source("dense64"), quantize="8bit")
     before = model.model
-    chat = model.chat(params=SamplingParams(temperature=0, max_tokens=4))
-    streams = [model.stream("Hello", max_tokens=4), chat.stream("Hello")]
+    endless = {"ignore_eos": True, "max_tokens": 1500}
+    chat = model.chat(params=model.default_params.updated(endless))
+    streams = [model.stream("Hello", sampling=endless), chat.stream("Hello")]
     for stream in streams:
         next(stream)
-    for stream, running in zip(streams, (2, 1), strict=True):
-        with pytest.raises(InputError, match=rf"being generated \({running}\)"):
+    for stream in streams:
+        with pytest.raises(InputError, match="being generated"):
             model.requantize("4bit")
         assert model.model is before
         stream.close()  # type: ignore[attr-defined]
     model.requantize("4bit")
     assert model.model is not before
-
-
-def test_an_answer_that_has_not_begun_is_the_new_models(source: Callable[[str], Path]) -> None:
-    model = load(source("dense64"), quantize="8bit")
-    old = model.generate("Hello", max_tokens=8).text
-    waiting = model.stream("Hello", max_tokens=8)
-    model.requantize("2bit")
-    new = model.generate("Hello", max_tokens=8).text
-    assert "".join(chunk.text for chunk in waiting) == new != old
 
 
 @pytest.mark.parametrize("variant", ["dense64", "moe"])

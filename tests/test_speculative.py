@@ -198,12 +198,12 @@ def test_ends_inside_a_draft(
     params = SamplingParams(temperature=0.0, seed=1).updated(ENDS[end])
 
     def run(drafter: Drafter | None) -> Completion:
-        engine = Engine(demo.model, demo.processor.tokenizer, demo.compiler, EngineOptions())
+        engine = Engine(demo.model, demo.processor.tokenizer, demo.asking.compiler, EngineOptions())
         if drafter is not None:
             config = demo.model.config.text
             engine.scheduler.speculation = Speculation(drafter, config, MOST_DRAFTED)
         prompt = demo.processor.prompt(asked("Hello"))
-        request = demo.request(prompt, params, tools=False, started=time.perf_counter())
+        request = demo.asking.request(prompt, params, tools=False, started=time.perf_counter())
         answer = engine.submit(request).result()
         engine.close()
         return answer
@@ -256,11 +256,11 @@ def test_a_grammar_holds(demo: Qwen3VL, scene: Image, rules: str, guess: str) ->
     )
 
     def run(drafter: Drafter | None, thinking: bool) -> tuple[list[int], Completion]:
-        engine = Engine(demo.model, demo.processor.tokenizer, demo.compiler, EngineOptions())
+        engine = Engine(demo.model, demo.processor.tokenizer, demo.asking.compiler, EngineOptions())
         if drafter is not None:
             config = demo.model.config.text
             engine.scheduler.speculation = Speculation(drafter, config, MOST_DRAFTED)
-        request = demo.request(prompt, params, tools=False, grammar=grammar, started=0.0)
+        request = demo.asking.request(prompt, params, tools=False, grammar=grammar, started=0.0)
         request = replace(request, thinking=thinking)
         if thinking:
             request = replace(request, params=params.updated({"thinking_budget": 7}))

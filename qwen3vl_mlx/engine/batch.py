@@ -68,16 +68,22 @@ class Drawn:
 
 @dataclass(frozen=True)
 class Answered:
-    """A row's next tokens, on the host. The first `accepted` of them were drafted."""
+    """A row's next tokens, on the host. The first `accepted` of them were drafted.
+
+    state: the sampler's, after the last of them.
+    """
 
     row: Decoding
     tokens: tuple[int, ...]
     logprobs: tuple[LogprobArrays | None, ...]
     accepted: int
+    state: SamplerState
 
 
 def draw_rows(logits: mx.array, rows: Rows[Decoding], drafts: Rows[Draft] | None = None) -> Drawn:
     """Draw the next token of every row from `logits` (N, vocab_size), and note it there.
+
+    Rows are as they were where anything raises.
 
     drafts: a row with a draft of k tokens has k + 1 of the logits, each drawn from as if the
     draft were right so far.
@@ -90,15 +96,18 @@ def draw_rows(logits: mx.array, rows: Rows[Decoding], drafts: Rows[Draft] | None
     ]
     tokens, states = draw(logits, asked)
     logprobs: list[LogprobArrays | None] = []
+    firsts: list[SamplerState] = []
     for row, draft in zip(rows, drafts, strict=True):
-        row.sampler_state = states[len(logprobs)]
-        row.drawn += 1
+        firsts.append(states[len(logprobs)])
         for i in range(len(logprobs), len(logprobs) + len(draft) + 1):
             wanted = row.top_logprobs
             logprobs.append(
                 None if wanted is None else chosen_logprobs(logits[i], tokens[i : i + 1], wanted)
             )
     mx.async_eval(tokens, [x for entry in logprobs if entry is not None for x in entry])
+    for row, state in zip(rows, firsts, strict=True):
+        row.sampler_state = state
+        row.drawn += 1
     return Drawn(tuple(rows), tuple(drafts), tokens, tuple(logprobs), tuple(states))
 
 
@@ -227,13 +236,14 @@ class Batch:
             own = values[start : start + len(draft) + 1]
             pairs = zip(draft, own, strict=False)
             right = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+            state = drawn.states[start + right]
             if draft:
-                row.sampler_state = drawn.states[start + right]
+                row.sampler_state = state
                 row.drafted += len(draft)
                 row.drawn += right
                 row.length += right
             logprobs = drawn.logprobs[start : start + right + 1]
-            answers.append(Answered(row, tuple(own[: right + 1]), logprobs, right))
+            answers.append(Answered(row, tuple(own[: right + 1]), logprobs, right, state))
             start += len(draft) + 1
         if drawn.drafted and self.rows:
             held = self.layers[0].lengths

@@ -34,18 +34,22 @@ def make_guide(
     *,
     thinking: bool,
     thinking_budget: int | None = None,
+    end_tokens: frozenset[int] | None = None,
 ) -> Guide | None:
     """A guide for one answer, or None where nothing is asked of it.
 
     thinking: the prompt has opened a thought, so the grammar waits for its end; `thinking_budget`
-    tokens are thought at most (the tokens that close the thought come on top). InputError where
-    the grammar cannot be used, as from `GrammarCompiler.compile`.
+    tokens are thought at most (the tokens that close the thought come on top). end_tokens: those
+    of the compiler's that end this answer; None for all. With none of them, free text goes on for
+    ever, and a grammar for as long as it can. InputError where the grammar cannot be used, as from
+    `GrammarCompiler.compile`.
     """
     waits = thinking and (grammar is not None or thinking_budget is not None)
     thought = Thought.begin(compiler.tokenizer, thinking_budget) if waits else None
     if grammar is None and thought is None:
         return None
-    return Guide(compiler, grammar or Grammar(), thought)
+    ends = frozenset(compiler.eos_token_ids) if end_tokens is None else end_tokens
+    return Guide(compiler, grammar or Grammar(), thought, ends)
 
 
 class Guide:
@@ -54,13 +58,21 @@ class Guide:
     `failure` says why the answer cannot be what was asked; None while it can.
     """
 
-    def __init__(self, compiler: GrammarCompiler, grammar: Grammar, thought: Thought | None):
+    def __init__(
+        self,
+        compiler: GrammarCompiler,
+        grammar: Grammar,
+        thought: Thought | None,
+        end_tokens: frozenset[int],
+    ):
         compiler.compile(grammar)
         self.compiler = compiler
         self.grammar = grammar
         self.failure: str | None = None
         self.part: Part = "thought"
         self._thought = thought
+        self._end_tokens = end_tokens
+        self._end_bits = compiler.only(*end_tokens)
         self._matcher: llguidance.LLMatcher | None = None
         self._progress = 0  # bytes of the next tag that were spelled by text tokens
         self._newlines = 0  # that may still come before this part
@@ -111,9 +123,7 @@ class Guide:
         """How many of `tokens`, in order, the masks allow; the state stays."""
         branch = self.fork()
         for count, token in enumerate(tokens):
-            bits = branch.mask()
-            allowed = bits is None or int(bits[token // 32]) >> (token % 32) & 1
-            if branch.part == "done" or not allowed:
+            if branch.part == "done" or not branch._allows(token):
                 return count
             branch.consume(token)
         return len(tokens)
@@ -122,16 +132,16 @@ class Guide:
         """Note a token of the answer. One that was not allowed sets `failure`."""
         if self.failure is not None or self.part == "done":
             return
-        self._mask = None
-        if self.part == "thought":
+        if self._ends_with(token):
+            self._end(token)
+        elif self.part == "thought":
             self._think(token)
-        elif token in self.compiler.eos_token_ids:
-            self._end()
         elif 0 < (count := self.compiler.newline_tokens.get(token, 0)) <= self._newlines:
             self._newlines -= count
         else:
             self._newlines = 0
             self._say(token)
+        self._mask = None
 
     # What may come next.
 
@@ -141,7 +151,9 @@ class Guide:
             return compiler.end_bits
         if self.part == "thought":
             forced = self._thought.forced if self._thought is not None else ()
-            return compiler.only(forced[0]) if forced else None
+            if forced:
+                return compiler.only(forced[0])
+            return compiler.all_but_end if self._owes_answer else None
         if self.part == "free":
             return compiler.all_but_call if self.grammar.no_calls else None
         if self.part == "text":
@@ -149,13 +161,31 @@ class Guide:
             return ~banned if banned.any() else None
         bits = self._matched() if self.part != "between" else compiler.none()
         if self.part == "between" and not self._owes_call:
-            bits |= compiler.end_bits
+            bits |= self._end_bits
         if self.part in ("start", "between"):
             if tools is not None:
                 bits |= compiler.only(compiler.tool_start)
             lines = [t for t, n in compiler.newline_tokens.items() if n <= self._newlines]
             bits |= compiler.only(*lines)
         return bits
+
+    def _allows(self, token: int) -> bool:
+        bits = self.mask()
+        return bits is None or bool(int(bits[token // 32]) >> (token % 32) & 1)
+
+    def _ends_with(self, token: int) -> bool:
+        """Whether the answer is over with this token, be it whole or not.
+
+        Where text is free, end tokens that do not count are tokens like any other; elsewhere
+        nothing can be said with them.
+        """
+        free = self.part in ("text", "free") or (self.part == "thought" and not self._owes_answer)
+        return token in (self._end_tokens if free else self.compiler.eos_token_ids)
+
+    @property
+    def _owes_answer(self) -> bool:
+        """Whether something must follow the thought."""
+        return self.grammar.content is not None or self._owes_call
 
     @property
     def _owes_call(self) -> bool:
@@ -174,7 +204,11 @@ class Guide:
             if (bits & compiler.end_bits).any():
                 bits = (bits & ~compiler.end_bits) | compiler.only(compiler.tool_end)
             return bits & ~self._spelling(TOOL_END)
-        return bits & ~self._spelling(TOOL_START) if self.grammar.tools is not None else bits
+        if self.grammar.tools is not None:
+            bits &= ~self._spelling(TOOL_START)
+        going_on = bits & compiler.all_but_end
+        # Where nothing else can follow, an end token is let through, whether it counts or not.
+        return bits & (going_on | self._end_bits) if going_on.any() else bits
 
     def _spelling(self, tag: str) -> Bits:
         """Text tokens that would complete the tag, which whoever reads the answer would obey."""
@@ -188,12 +222,8 @@ class Guide:
         forced = thought.forced
         if forced and token != forced[0]:
             self._fail("the thought's budget was spent, and it was not closed")
-        elif not forced and token in compiler.eos_token_ids:
-            if self.grammar.content is not None or self._owes_call:
-                self._fail("the answer ended inside its thought")
-            self.part = "done"
         else:
-            self._thought, after = thought.push(token, compiler.text_of(token))
+            self._thought, after = thought.push(token, compiler.shown_text_of(token))
             if after is not None:
                 self._open()
                 lines = len(after) - len(after.lstrip(b"\n"))
@@ -211,13 +241,11 @@ class Guide:
         else:
             self.part = "text" if tools is not None else "free"
 
-    def _end(self) -> None:
-        matcher = self._matcher
-        whole = self.part != "call" and not self._owes_call
-        if self.part in ("start", "content"):
-            whole = matcher is not None and matcher.is_accepting()
-        if not whole:
-            self._fail("the answer ended before it was whole")
+    def _end(self, token: int) -> None:
+        if not self._allows(token):
+            inside = self.part == "thought"
+            place = "inside its thought" if inside else "before it was whole"
+            self._fail(f"the answer ended {place}")
         self.part = "done"
 
     def _say_text(self, text: bytes) -> None:
@@ -256,8 +284,8 @@ class Guide:
 
     def _follow(self, token: int, tag: str) -> None:
         """Keep count of how much of a tag text tokens have spelled."""
-        text = self.compiler.text_of(token)
-        if token in self.compiler.added_ids:
+        text = self.compiler.shown_text_of(token)
+        if text and token in self.compiler.added_ids:
             self._progress = 0
             return
         self._progress, after = spelled(tag.encode(), self._progress, text)

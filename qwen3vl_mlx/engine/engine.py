@@ -10,6 +10,7 @@ from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal, TypeVar
 
@@ -19,6 +20,7 @@ from qwen3vl_mlx.engine.admission import Admission, memory_limit
 from qwen3vl_mlx.engine.constraints import GrammarCompiler
 from qwen3vl_mlx.engine.draft_model import DraftCheckpoint, DraftModel
 from qwen3vl_mlx.engine.feature_cache import FeatureCache, FeatureCacheStats
+from qwen3vl_mlx.engine.job import first_reserve
 from qwen3vl_mlx.engine.load import Limits, Load
 from qwen3vl_mlx.engine.prefix_cache import PrefixCache, PrefixStats
 from qwen3vl_mlx.engine.request import Handle, Request
@@ -33,13 +35,12 @@ from qwen3vl_mlx.engine.speculative import (
 from qwen3vl_mlx.errors import EngineClosedError, InputError, QueueFullError
 from qwen3vl_mlx.models.qwen3_vl import Model
 from qwen3vl_mlx.processing.tokenizer import Tokenizer
+from qwen3vl_mlx.quant.plan import PREFILL_CHUNK
 
 Result = TypeVar("Result")
 
 _DRAFT_SHARE = 4  # a draft model's caches get this part of the model's on top
-
-
-_DISK_POLL_SEC = 0.001
+_DEADLINE_SEC = 0.05  # how long the clock may go unseen while the disk is read
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ class EngineOptions:
 
     max_batch: int = 8
     max_queue: int = 256
-    prefill_chunk: int = 2048
+    prefill_chunk: int = PREFILL_CHUNK
     interleave: int = 512
     prefix_cache_bytes: int = 2 * 2**30
     feature_cache_bytes: int = 512 * 2**20
@@ -67,19 +68,26 @@ class EngineOptions:
     draft_tokens: int = MOST_DRAFTED
 
     def __post_init__(self) -> None:
-        least = {"max_batch": 1, "max_queue": 1, "prefill_chunk": 1, "interleave": 1}
+        counts = ("max_batch", "max_queue", "prefill_chunk", "interleave", "draft_tokens")
         sizes = ("prefix_cache_bytes", "feature_cache_bytes", "cache_folder_bytes")
-        for name, smallest in {**least, **dict.fromkeys(sizes, 0)}.items():
-            if getattr(self, name) < smallest:
-                raise InputError(f"{name} must be at least {smallest}, got {getattr(self, name)!r}")
+        for name, least in {**dict.fromkeys(counts, 1), **dict.fromkeys(sizes, 0)}.items():
+            value = getattr(self, name)
+            if type(value) is not int or value < least:
+                raise InputError(f"{name} must be a whole number from {least}, got {value!r}")
+        if self.memory_limit is not None and type(self.memory_limit) is not int:
+            raise InputError(f"memory_limit must be bytes, got {self.memory_limit!r}")
         if self.kv_bits not in (None, 4, 8):
             raise InputError(f"kv_bits must be 8, 4 or None, got {self.kv_bits!r}")
+        if self.cache_folder is not None and not self.prefix_cache_bytes:
+            raise InputError("cache_folder keeps what prefix_cache_bytes holds: give it some")
         if self.speculative not in (None, "lookup"):
             raise InputError(f'speculative must be "lookup" or None, got {self.speculative!r}')
-        if not 1 <= self.draft_tokens <= MOST_DRAFTED:
+        if self.draft is not None and not isinstance(self.draft, DraftCheckpoint):
             raise InputError(
-                f"draft_tokens must be from 1 to {MOST_DRAFTED}, got {self.draft_tokens!r}"
+                f"draft is a DraftCheckpoint: load(..., draft={self.draft!r}) loads one"
             )
+        if self.draft_tokens > MOST_DRAFTED:
+            raise InputError(f"draft_tokens must be at most {MOST_DRAFTED}")
 
 
 @dataclass(frozen=True)
@@ -118,6 +126,12 @@ class Engine:
                 draft.model, admission.limit, options.kv_bits, chunk=options.interleave
             )
             admission = admission.beside(other)
+        if options.memory_limit is not None and admission.available <= 0:
+            raise InputError(
+                f"memory_limit is {options.memory_limit:,} bytes, and the weights take "
+                f"{admission.weights:,} and the program {admission.reserved:,}: raise it, or load "
+                "a smaller model, or one of fewer bits"
+            )
         self.scheduler = Scheduler(
             model,
             tokenizer,
@@ -127,25 +141,37 @@ class Engine:
             FeatureCache(options.feature_cache_bytes),
             Limits(options.max_batch, options.prefill_chunk, options.interleave, options.kv_bits),
             _speculation(model, options),
+            partial(_notify, weakref.ref(self)),
         )
         self._inbox: deque[_Message] = deque()
         self._wake = threading.Condition()
         self._closed = False
+        self._submitted = 0
         self._thread: threading.Thread | None = None
+        self._at_exit = partial(_close, weakref.ref(self))
 
     def submit(self, request: Request) -> Handle:
-        """Ask; returns at once, from any thread. Raises QueueFullError or EngineClosedError."""
+        """Ask; returns at once, from any thread.
+
+        Raises InputError for what can never fit in memory, QueueFullError, EngineClosedError.
+        """
+        admission = self.scheduler.admission
+        cost = admission.cost(request.prompt, first_reserve(request, admission))
+        if problem := admission.refuse(cost):
+            raise InputError(problem)
         handle = Handle(request, self._cancel)
         submitted = time.perf_counter()
         with self._wake:
-            load = self.scheduler.load
-            pending = load.waiting + len(self._inbox)
-            if pending >= self.options.max_queue:
+            # Numbers only: they may be a step old, as the thread goes on.
+            free = max(0, self.options.max_batch - self.scheduler.active)
+            queued = self._submitted - self.scheduler.counts.begun - free
+            if queued >= self.options.max_queue:
                 raise QueueFullError(
-                    f"{pending} requests are waiting and the queue holds "
+                    f"{queued} requests are waiting and the queue holds "
                     f"{self.options.max_queue}; ask again later"
                 )
             self._send(_Message(lambda: self.scheduler.add(handle, submitted), handle.put))
+            self._submitted += 1
         return handle
 
     def call(self, action: Callable[[], Result]) -> Result:
@@ -159,7 +185,7 @@ class Engine:
     @property
     def busy(self) -> bool:
         """Whether any request has not ended."""
-        return bool(self._inbox) or self.scheduler.busy
+        return bool(self._inbox) or self._submitted > self.scheduler.counts.ended
 
     @property
     def stats(self) -> EngineStats:
@@ -184,12 +210,20 @@ class Engine:
     def close(self) -> None:
         """End all requests as cancelled, write what is to be kept, and stop the thread."""
         with self._wake:
-            if self._closed:
-                return
             self._closed = True
             self._wake.notify_all()
         if self._thread is not None and self._thread is not threading.current_thread():
             self._thread.join()
+            atexit.unregister(self._at_exit)
+
+    def close_if_idle(self) -> bool:
+        """Close, unless something is asked that has not ended; whether it is closed now."""
+        with self._wake:
+            if self.busy and not self._closed:
+                return False
+            self._closed = True
+        self.close()
+        return True
 
     def _cancel(self, handle: Handle) -> None:
         with self._wake:
@@ -203,7 +237,7 @@ class Engine:
         if self._thread is None:
             self._thread = threading.Thread(target=self._run, name="qwen3vl-engine", daemon=True)
             # A thread that still computes while the interpreter ends takes the process down.
-            atexit.register(_close, weakref.ref(self))
+            atexit.register(self._at_exit)
             self._thread.start()
         self._inbox.append(message)
         self._wake.notify_all()
@@ -235,9 +269,9 @@ class Engine:
             if closed:
                 break
             scheduler.step()
-            if scheduler.idle and scheduler.busy:
-                with self._wake:
-                    self._wake.wait(_DISK_POLL_SEC)
+            with self._wake:
+                if scheduler.stalled and not (self._inbox or self._closed):
+                    self._wake.wait(_DEADLINE_SEC)
         scheduler.close()
 
 
@@ -275,6 +309,12 @@ def _deliver(message: _Message) -> None:
         message.fail(error)
         if not isinstance(error, Exception):
             raise
+
+
+def _notify(engine: weakref.ref[Engine]) -> None:
+    if (own := engine()) is not None:
+        with own._wake:
+            own._wake.notify_all()
 
 
 def _close(engine: weakref.ref[Engine]) -> None:

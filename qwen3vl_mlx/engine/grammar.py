@@ -62,6 +62,8 @@ def parse_grammar(
     Raises InputError for what is malformed, contradictory, unknown or beyond llguidance, naming
     the fault, and where llguidance is missing.
     """
+    if parallel_tool_calls is not None and not isinstance(parallel_tool_calls, bool):
+        raise InputError(f"parallel_tool_calls must be true or false, got {parallel_tool_calls!r}")
     content = _content(response_format, grammar)
     if tool_choice is None and not tools:
         return Grammar(content) if content is not None else None

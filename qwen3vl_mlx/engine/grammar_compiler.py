@@ -93,6 +93,10 @@ class GrammarCompiler:
     def text_of(self, token: int) -> bytes:
         return self.tokenizer.token_bytes(token, skip_special_tokens=False)
 
+    def shown_text_of(self, token: int) -> bytes:
+        """What a reader of the answer sees of a token; nothing of a special one."""
+        return self.tokenizer.token_bytes(token)
+
     @property
     def lexicon(self) -> llguidance.LLTokenizer:
         """llguidance's view of the tokenizer; about a second at first."""
@@ -132,6 +136,10 @@ class GrammarCompiler:
     @cached_property
     def end_bits(self) -> Bits:
         return self.only(*self.eos_token_ids)
+
+    @cached_property
+    def all_but_end(self) -> Bits:
+        return ~self.end_bits
 
     @cached_property
     def all_but_call(self) -> Bits:

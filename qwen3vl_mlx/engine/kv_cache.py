@@ -112,20 +112,9 @@ def merge(rows: Sequence[Layer]) -> BatchLayer:
     return merged
 
 
-def trim(layers: Iterable[Layer], count: int) -> None:
-    """Forget every row's last `count` tokens."""
-    for layer in layers:
-        layer.trim(count)
-
-
 def arrays(layers: Iterable[Layer]) -> list[mx.array]:
     """Everything the layers hold, for `mx.async_eval`."""
     return [x for layer in layers for x in _slots(layer)]
-
-
-def nbytes(layers: Iterable[Layer]) -> int:
-    """Bytes the layers hold, slots not yet filled included."""
-    return sum(x.nbytes for x in arrays(layers))
 
 
 class BatchLayer:
@@ -144,14 +133,6 @@ class BatchLayer:
     def offset(self) -> mx.array:
         """Tokens each row holds, (B,) int32. The same on the host: `lengths`."""
         return mx.array(self.lengths, mx.int32)
-
-    @property
-    def state(self) -> Arrays:
-        return self.slots
-
-    @property
-    def nbytes(self) -> int:
-        return sum(x.nbytes for x in self.slots)
 
     @property
     def capacity(self) -> int:
@@ -215,10 +196,6 @@ class BatchLayer:
         chosen = mx.array(list(rows), mx.int32)
         self.slots = tuple(mx.take(x[:, :, :room], chosen, axis=0) for x in self.slots)
 
-    def extend(self, other: Layer) -> None:
-        """Add the rows of another batch, or a row's own layer, behind these."""
-        self.join([other])
-
     def join(self, others: Sequence[Layer]) -> None:
         """Add several batches' or rows' layers at once: one copy."""
         if not others:
@@ -235,19 +212,8 @@ class BatchLayer:
         """The tokens of one row, as `layer_rows` gives them: views."""
         return tuple(x[index : index + 1, :, : self.lengths[index]] for x in self.slots)
 
-    def extract(self, index: int) -> RowLayer:
-        """One row as a layer of its own, copied when it is evaluated.
-
-        Evaluate it (`mx.async_eval(arrays(...))` for all layers) before the batch's next token:
-        while it waits it shares the batch's slots, and a write then copies them all.
-        """
-        own = [mx.contiguous(x) for x in self.rows(index)]
-        return layer_from_rows(own, self.packing.bits if self.packing else None)
-
-    def trim(self, counts: int | Sequence[int]) -> None:
-        """Forget the last tokens: the same count of every row, or one for each."""
-        if isinstance(counts, int):
-            counts = [counts] * len(self.lengths)
+    def trim(self, counts: Sequence[int]) -> None:
+        """Forget each row's last tokens, so many of each."""
         pairs = zip(self.lengths, counts, strict=True)
         self.lengths = [max(length - count, 0) for length, count in pairs]
 

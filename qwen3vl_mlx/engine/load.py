@@ -9,10 +9,10 @@ from dataclasses import dataclass
 class Limits:
     """How much is done at once."""
 
-    max_batch: int = 8  # rows that decode or are being read
-    prefill_chunk: int = 2048  # tokens read in one pass while nobody waits for a token
-    interleave: int = 512  # tokens read between two steps of the running rows
-    kv_bits: int | None = None
+    max_batch: int  # rows that decode or are being read
+    prefill_chunk: int  # tokens read in one pass while nobody waits for a token
+    interleave: int  # tokens read between two steps of the running rows
+    kv_bits: int | None
 
 
 @dataclass
@@ -20,8 +20,13 @@ class Counts:
     """What a scheduler has done so far."""
 
     steps: int = 0
+    begun: int = 0  # requests that left the queue, for the first time
     finished: int = 0
     failed: int = 0
+
+    @property
+    def ended(self) -> int:
+        return self.finished + self.failed
 
 
 @dataclass(frozen=True)

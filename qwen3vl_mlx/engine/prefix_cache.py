@@ -164,15 +164,13 @@ class PrefixCache:
     def match(self, key: Key, restored: Restoring | None = None) -> Match:
         """The longest prefix held: it ends inside no medium and leaves one token to compute.
 
-        Its arrays are lazy, and the caller's to write into by slice assignment. Without `restored`
-        it waits for the disk, where that holds more than memory.
+        Its arrays are lazy, and the caller's to write into by slice assignment. What only the disk
+        holds is found with `restored` alone, which it waits for.
         """
         path = walk(self._root, key.values)
         held = length = _usable(key, sum(count for _, count in path))
         own = _pieces(path, held)
         pieces = [rows for _, rows in own]
-        if restored is None:
-            restored = self.restore(key)
         if restored is not None:
             more = _restored(restored.future.result(), held)
             length = _usable(key, held + sum(stop - start for start, stop, _ in more))

@@ -12,9 +12,10 @@ import logging
 import os
 import time
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 from threading import Lock
@@ -27,6 +28,7 @@ from qwen3vl_mlx.engine import prefix_file
 from qwen3vl_mlx.engine.prefix_file import DamagedFileError, Head, RawRows
 from qwen3vl_mlx.engine.prefix_index import FileIndex
 from qwen3vl_mlx.engine.radix import Values
+from qwen3vl_mlx.engine.worker import Worker
 from qwen3vl_mlx.errors import OutputError
 from qwen3vl_mlx.models.qwen3_vl import Model
 
@@ -128,8 +130,8 @@ class DiskTier:
                 f"the prefix cache folder {self.folder} cannot be used: {error.strerror}; choose "
                 "another"
             ) from error
-        self._writer = ThreadPoolExecutor(1, "prefix-writer")
-        self._reader = ThreadPoolExecutor(1, "prefix-reader")
+        self._writer = Worker("prefix-writer")
+        self._reader = Worker("prefix-reader")
 
     # Reading
 
@@ -153,7 +155,7 @@ class DiskTier:
         cost = sum(len(step.head.values) - step.head.start for step in steps)
         if gain < MIN_GAIN or gain * _WORTH < cost:
             return None
-        return self._reader.submit(self._read, steps)
+        return self._reader.submit(partial(self._read, steps))
 
     def _read(self, steps: Sequence[_Step]) -> list[Segment]:
         segments: list[Segment] = []
@@ -202,7 +204,7 @@ class DiskTier:
         # Handles of its own for the writer: two threads may not wait for one array.
         raw = [[prefix_file.as_raw(array) for array in layer] for layer in layers]
         mx.async_eval(*(array for layer in raw for array in layer))
-        self._writer.submit(self._write, name, head, raw, dtypes, nbytes, chain)
+        self._writer.submit(partial(self._write, name, head, raw, dtypes, nbytes, chain))
 
     def _write(
         self,
@@ -245,8 +247,8 @@ class DiskTier:
 
     def close(self) -> None:
         """Write what is queued and stop the threads. Nothing may be asked for afterwards."""
-        self._writer.shutdown()
-        self._reader.shutdown()
+        self._writer.close()
+        self._reader.close()
 
     # Keeping house
 

@@ -33,20 +33,24 @@ class PromptReader(Generic[Reader]):
         self.model = model
         self.features = features
         self.jobs: deque[Reader] = deque()
+        self.changes = 0  # how often a job came or went
         self._encoding: tuple[Reader, Encoding] | None = None
         self._queued: mx.array | None = None  # the last chunk, which may not have run yet
 
     def add(self, job: Reader) -> None:
         self.jobs.append(job)
+        self.changes += 1
 
     def remove(self, job: Reader) -> None:
         """Let a job go, with what was encoded for it so far."""
         self.jobs.remove(job)
+        self.changes += 1
         if self._encoding is not None and self._encoding[0] is job:
             self._encoding = None
 
     def clear(self) -> None:
         self.jobs.clear()
+        self.changes += 1
         self._encoding = self._queued = None
 
     def next(self) -> Reader | None:
@@ -55,10 +59,16 @@ class PromptReader(Generic[Reader]):
             job = self.jobs[0]
             self.jobs.rotate(-1)
             assert job.prefill is not None
-            waits = self._encoding is not None and self._encoding[0] is not job
-            if job.prefill.remaining and (job.prefill.ready or not waits):
+            if job.prefill.remaining and (job.prefill.ready or self._may_encode(job)):
                 return job
         return None
+
+    def _may_encode(self, job: Reader) -> bool:
+        """Whether the job has nothing to encode, or no other job's pictures are being encoded."""
+        assert job.prefill is not None
+        if self._encoding is None or self._encoding[0] is job:
+            return True
+        return all(medium.identity in self.features for medium in job.prefill.media)
 
     def advance(self, job: Reader, budget: int, *, wait: bool) -> int:
         """Queue a job's next work; returns the tokens' worth that was.
@@ -81,7 +91,7 @@ class PromptReader(Generic[Reader]):
     def _encode(self, job: Reader, budget: int) -> int:
         """Encode what a prompt's pictures still need, on behalf of all who will need it."""
         assert job.prefill is not None
-        if self._encoding is None:
+        if self._encoding is None or self._encoding[0] is not job:
             media = {medium.identity: medium for medium in job.prefill.media}
             known = {key: self.features.get(key) for key in media}
             job.features = {key: value for key, value in known.items() if value is not None}
@@ -89,6 +99,7 @@ class PromptReader(Generic[Reader]):
             if not missing:
                 _give(job, {})
                 return 0
+            assert self._encoding is None  # see `next`
             self._encoding = (job, Encoding(self.model.vision_tower, missing))
         encoding = self._encoding[1]
         work = encoding.tokens_left

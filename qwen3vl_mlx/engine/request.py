@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Literal, TypeAlias
 from qwen3vl_mlx.engine.constraints import Grammar
 from qwen3vl_mlx.engine.output import Chunk, Completion, collect
 from qwen3vl_mlx.engine.sampling import SamplingParams
+from qwen3vl_mlx.errors import InputError
 from qwen3vl_mlx.processing.prompt import Prompt
 
 if TYPE_CHECKING:
@@ -52,6 +53,7 @@ class Handle:
         self._items: deque[Chunk | BaseException] = deque()
         self._ready = threading.Condition()
         self._waiter: tuple[asyncio.AbstractEventLoop, asyncio.Event] | None = None
+        self._taken = False  # some item was taken
         self._ended = False  # the last item was taken
 
     def cancel(self) -> None:
@@ -60,7 +62,9 @@ class Handle:
             self._on_cancel(self)
 
     def result(self) -> Completion:
-        """Wait for the whole answer."""
+        """Wait for the whole answer. Raises InputError where some of it was read already."""
+        if self._taken:
+            raise InputError("this answer was read already, in part at least: collect its chunks")
         return collect(self)
 
     def put(self, item: Chunk | BaseException) -> None:
@@ -97,6 +101,7 @@ class Handle:
                 await event.wait()
 
     def _opened(self, item: Chunk | BaseException) -> Chunk:
+        self._taken = True
         if isinstance(item, BaseException):
             self._ended = True
             raise item
@@ -123,6 +128,13 @@ class Stream:
         if self._closed:
             raise StopIteration
         return next(self._chunks)
+
+    async def __aiter__(self) -> AsyncIterator[Chunk]:
+        try:
+            async for chunk in self.handle:
+                yield chunk
+        finally:  # a task that is cancelled wants no more
+            self.close()
 
     def close(self) -> None:
         """End the answer where it is; no more chunks come."""

@@ -53,11 +53,11 @@ _INSTRUCT_PRESENCE_PENALTY = 1.5  # model cards of Qwen3-VL Instruct, for tasks 
 class SamplingParams:
     """How to choose tokens and when to stop. `temperature` 0 is greedy; `top_k` 0 is off.
 
-    max_tokens None generates until the model ends or its context is full; ignore_eos goes on
-    past the model's end. `thinking_budget` bounds the reasoning, in tokens. `loop_guard` ends an
-    answer that repeats itself without end. DRY (text-generation-webui #5677) penalises the token
-    that would continue a repeat of at least dry_allowed_length tokens. Raises InputError naming
-    the parameter that is out of range.
+    max_tokens None generates until the model ends or its context is full; ignore_eos goes on past
+    the model's end, but not past a grammar's. `thinking_budget` bounds the reasoning, in tokens.
+    `loop_guard` ends an answer that repeats itself without end. DRY (text-generation-webui #5677)
+    penalises the token that would continue a repeat of at least dry_allowed_length tokens. Raises
+    InputError naming the parameter that is out of range.
     """
 
     max_tokens: int | None = None
@@ -134,17 +134,24 @@ def default_params(
 
 
 def asked_params(
-    defaults: SamplingParams, params: SamplingParams | None, changes: Mapping[str, Any]
+    defaults: SamplingParams, sampling: Mapping[str, Any] | None, named: Mapping[str, Any]
 ) -> SamplingParams:
-    """A request's own wishes over `params`, or over a model's defaults.
+    """A request's wishes over a model's defaults: `sampling`, and over it those of `named` set.
 
-    A penalty that only belongs to the default sampling does not bend greedy answers.
+    Raises InputError for unknown names and bad values.
     """
-    wanted = (params or defaults).updated(changes)
-    own = changes.get("presence_penalty") is not None
-    if wanted.temperature == 0 and not own and (params or defaults) == defaults:
-        wanted = replace(wanted, presence_penalty=0.0)
-    return wanted
+    if sampling is not None and not isinstance(sampling, Mapping):
+        raise InputError(f"sampling must map names to values, got {type(sampling).__name__}")
+    wishes = {**(sampling or {}), **{k: v for k, v in named.items() if v is not None}}
+    wanted = defaults.updated(wishes)
+    return wanted if wishes.get("presence_penalty") is not None else unbent(wanted, defaults)
+
+
+def unbent(params: SamplingParams, defaults: SamplingParams) -> SamplingParams:
+    """Greedy params without the presence penalty that belongs to the model's own sampling."""
+    if params.temperature == 0 and params.presence_penalty == defaults.presence_penalty:
+        return replace(params, presence_penalty=0.0)
+    return params
 
 
 @dataclass(frozen=True, eq=False)
@@ -197,7 +204,6 @@ class Sampler:
             values = np.array(list(params.logit_bias.values()), np.float64)
             bias[list(params.logit_bias)] = np.clip(values, _FORBIDDEN, -_FORBIDDEN)
             self._bias = mx.array(bias)
-        self._running: tuple[SamplerState, list[int]] | None = None
 
     def start(self) -> SamplerState:
         """The state before the first draw. Any thread: from numpy, as MLX's own zeros are lazy."""
@@ -242,15 +248,6 @@ class Sampler:
             shrunk = mx.where(logits > 0, logits / penalty, logits * penalty)
             logits = mx.where(self._in_prompt | (counts > 0), shrunk, logits)
         return logits if self._bias is None else logits + self._bias
-
-    def __call__(self, logits: mx.array) -> mx.array:
-        """logits (vocab_size,) to a token id (1,): the one-request loop, which keeps the state."""
-        state, history = self._running or (self.start(), [])
-        token, states = draw(logits[None], [Row(self, state, history)])
-        if self.needs_history:
-            history.append(int(token.item()))  # type: ignore[arg-type]
-        self._running = states[0], history
-        return token
 
 
 class Row(NamedTuple):

@@ -6,9 +6,10 @@ reading (vision encoding, prefill) for those that are to join. All of it belongs
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -24,17 +25,19 @@ from qwen3vl_mlx.engine.load import Counts, Limits, Load
 from qwen3vl_mlx.engine.logprobs import to_host
 from qwen3vl_mlx.engine.output import FinishReason
 from qwen3vl_mlx.engine.prefill import Prefill
-from qwen3vl_mlx.engine.prefix_cache import Key, Match, PrefixCache
-from qwen3vl_mlx.engine.radix import shared_prefix
+from qwen3vl_mlx.engine.prefix_cache import Match, PrefixCache
 from qwen3vl_mlx.engine.reader import PromptReader
 from qwen3vl_mlx.engine.request import Handle
+from qwen3vl_mlx.engine.room import make_room, shrink_caches, who_gives_way
+from qwen3vl_mlx.engine.soon import Soon
 from qwen3vl_mlx.engine.speculative import Speculation
-from qwen3vl_mlx.errors import InputError
 from qwen3vl_mlx.models.qwen3_vl import Model
 from qwen3vl_mlx.processing.tokenizer import Tokenizer
 
+_log = logging.getLogger(__name__)
+
 _CLEAR_EVERY = 256  # steps between returns of MLX's free buffers
-_WORTH_WAITING = 32  # tokens of a prompt that is being read, for another that begins alike
+_RESTORING = 2  # jobs whose beginnings are read from the disk at once
 
 
 @dataclass
@@ -47,13 +50,15 @@ class Scheduler:
     admission: Admission
     prefix: PrefixCache | None
     features: FeatureCache
-    limits: Limits = field(default_factory=Limits)
+    limits: Limits
     speculation: Speculation | None = None
+    wake: Callable[[], None] = field(default=lambda: None)  # from any thread: there is work
 
     def __post_init__(self) -> None:
         self.batch = Batch(self.model)
         self.waiting: deque[Job] = deque()
         self.reader: PromptReader[Job] = PromptReader(self.model, self.features)
+        self.soon = Soon(self.prefix, self.reader, self.wake)
         self.running: dict[int, Job] = {}  # by id of the row
         self.counts = Counts()
 
@@ -62,14 +67,19 @@ class Scheduler:
         return bool(self.waiting or self.reader.jobs or self.running)
 
     @property
-    def idle(self) -> bool:
+    def active(self) -> int:
+        """Requests that are being read or run."""
+        return len(self.reader.jobs) + len(self.running)
+
+    @property
+    def stalled(self) -> bool:
         """Whether all that is asked waits for the disk."""
-        return not (self.reader.jobs or self.running)
+        return not self.active and any(map(_is_restoring, self.waiting))
 
     @property
     def caches(self) -> list[FeatureCache | PrefixCache]:
         """All that is kept for later requests, the least dear first."""
-        drafter = [] if self.speculation is None else [*self.speculation.drafter.caches]
+        drafter = [] if self.speculation is None else self.speculation.caches
         return [*drafter, self.features, *([] if self.prefix is None else [self.prefix])]
 
     @property
@@ -85,11 +95,13 @@ class Scheduler:
         )
 
     def add(self, handle: Handle, submitted: float) -> None:
-        """Take in a request; `submitted` is on the clock of time.perf_counter."""
-        job = Job(handle, self.tokenizer, submitted, self.admission)
-        if problem := self.admission.refuse(job.cost):
-            self._fail(job, InputError(problem))
-            return
+        """Take in a request that fits alone; `submitted` is on the clock of time.perf_counter."""
+        try:
+            job = Job(handle, self.tokenizer, submitted, self.admission)
+        except BaseException:
+            self.counts.begun += 1
+            self.counts.failed += 1
+            raise
         if not self.busy:
             mx.reset_peak_memory()
         self.waiting.append(job)
@@ -111,11 +123,7 @@ class Scheduler:
             try:
                 self._decode()
             except Exception as error:  # noqa: BLE001
-                # The pass is shared: nothing is known of any row's cache now.
-                self.batch = Batch(self.model)
-                self._keep([])
-                for job in list(self.running.values()):
-                    self._fail(job, error)
+                self._fail_running(error)
         self._read_prompts()
         if self.counts.steps % _CLEAR_EVERY == 0:
             mx.clear_cache()
@@ -141,71 +149,48 @@ class Scheduler:
     # Waiting -> prefilling
 
     def _admit(self) -> None:
+        restoring = sum(map(_is_restoring, self.waiting))
         for job in list(self.waiting):
-            if len(self.reader.jobs) + len(self.running) >= self.limits.max_batch:
-                return
-            if self._is_being_read(job.key) or not self._is_restored(job):
-                continue  # soon in the cache
-            if not self._make_room(job.cost):
-                return
-            self.waiting.remove(job)
-            with self._isolated(job):
-                self._begin(job)
+            if not _is_restoring(job):  # one that is has its place and its memory
+                if self.active + restoring >= self.limits.max_batch:
+                    return
+                if self.soon.is_being_read(job):
+                    continue  # soon in the cache
+                if not self._make_room([job.cost, *self._costs()]):
+                    return
+            if self.soon.is_restored(job, ask=restoring < _RESTORING):
+                self.waiting.remove(job)
+                with self._isolated(job):
+                    self._begin(job)
+            restoring = sum(map(_is_restoring, self.waiting))
 
-    def _is_being_read(self, key: Key) -> bool:
-        """Whether a prompt that begins like this one is on its way into the prefix cache."""
-        if self.prefix is None:
-            return False
-        shared = max(
-            (shared_prefix(key.values, job.key.values) for job in self.reader.jobs), default=0
-        )
-        return shared >= _WORTH_WAITING and shared - self.prefix.peek(key) >= _WORTH_WAITING
-
-    def _is_restored(self, job: Job) -> bool:
-        """Whether nothing of the job's prompt is on its way from the disk."""
-        if self.prefix is None:
-            return True
-        if not job.asked_disk:
-            job.asked_disk, job.restoring = True, self.prefix.restore(job.key)
-        return job.restoring is None or job.restoring.done
-
-    def _make_room(self, cost: Cost, own: Job | None = None) -> bool:
-        """Whether a request of this cost may run too, after caches have given way.
-
-        own: the job that has this cost, where it is active already.
-        """
-        others = self._costs(without=own)
-        over = self.admission.together([cost, *others]) - self.admission.available
-        if over > 0:
-            return not others  # alone it was found to fit
-        self._shrink_caches(over)
-        return True
+    def _make_room(self, costs: list[Cost]) -> bool:
+        return make_room(self.admission, costs, self.caches)
 
     def _costs(self, without: Job | None = None) -> list[Cost]:
         """What every active request may come to use; a prompt that is read needs no more."""
-        reading, running = list(self.reader.jobs), list(self.running.values())
+        reading = [*filter(_is_restoring, self.waiting), *self.reader.jobs]
         costs = [job.cost for job in reading if job is not without]
+        running = list(self.running.values())
         return costs + [job.cost.answering for job in running if job is not without]
-
-    def _shrink_caches(self, over: int) -> None:
-        """Let caches give way to requests that leave `-over` bytes."""
-        excess = over + sum(cache.stats.bytes for cache in self.caches)
-        for cache in self.caches:
-            if excess > 0:
-                before = cache.stats.bytes
-                cache.shrink(max(0, before - excess))
-                excess -= before - cache.stats.bytes
 
     def _begin(self, job: Job) -> None:
         match = Match(0, ())
         if self.prefix is not None:
             match = self.prefix.match(job.key, job.restoring)
             job.restoring = None
+        job.held = match.length
+        if job.row is None:
             job.cached = match.length
         layers = kv_cache.layers_with(match.layers, self.model.config.text, self.limits.kv_bits)
-        job.prefill = Prefill(self.model, job.request.prompt, layers, job.cached)
+        job.prefill = Prefill(self.model, job.prompt, layers, match.length)
         job.handle.phase = "prefilling"
         self.reader.add(job)
+        self._leaves_queue(job)
+
+    def _leaves_queue(self, job: Job) -> None:
+        self.counts.begun += not job.begun
+        job.begun = True
 
     # Prefilling -> running
 
@@ -216,17 +201,24 @@ class Scheduler:
         done: list[tuple[Job, Drawn]] = []
         while budget > 0 and (job := self.reader.next()) is not None:
             with self._isolated(job):
-                budget -= self.reader.advance(job, budget, wait=alone)
+                budget -= self.reader.advance(job, min(budget, job.chunk), wait=alone)
                 if job.prefill is not None and job.prefill.hidden is not None:
                     done.append((job, self._first_token(job, job.prefill.hidden)))
         if done:
-            self._join(done)
+            try:
+                self._join(done)
+            except Exception as error:  # noqa: BLE001
+                self._fail_running(error)
+                for job, _ in done:
+                    self._fail(job, error)
         if self.speculation is not None and budget > 0 and self.batch.rows:
-            self.speculation.drafter.advance(budget)
+            self.speculation.advance(budget)
 
     def _first_token(self, job: Job, last: mx.array) -> Drawn:
         """Draw a row's first token from its prompt's last hidden state (1, hidden_size)."""
-        row = job.start(self.model.config.text.vocab_size, self.compiler)
+        row = job.row
+        if row is None:
+            row = job.start(self.model.config.text.vocab_size, self.compiler)
         drawn = draw_rows(self.model.language_model.logits(last), [row])
         self._remember(job)
         return drawn
@@ -245,7 +237,7 @@ class Scheduler:
                 layers.append(job.prefill.layers)
             job.prefill = None
             if self.speculation is not None and rows and rows[-1] is job.row:
-                self.speculation.drafter.begin(job.row, job.request)
+                self.speculation.begin(job.row, job.request)
         self.batch.join(rows, layers, drawn)
 
     # Running
@@ -254,7 +246,8 @@ class Scheduler:
         """Queue every row's next token, then read the ones queued before."""
         batch, before, speculation = self.batch, self.batch.unread, self.speculation
         assert before is not None
-        if speculation is not None and (before.drafted or speculation.waits(batch.rows)):
+        if before.drafted or (speculation is not None and speculation.waits(batch.rows)):
+            assert speculation is not None
             batch.unread = None
             self._read(before)
             if batch.rows:
@@ -288,14 +281,14 @@ class Scheduler:
         for answer in self.batch.read(drawn):
             job = self.running.get(id(answer.row))
             if job is None:
-                continue  # it ended while this token was on its way
+                continue  # it ended, or was put back, while this token was on its way
             with self._isolated(job):
                 if (reason := self._take(job, answer)) is not None:
                     self._finish(job, reason)
 
     def _take(self, job: Job, answer: Answered) -> FinishReason | None:
         """Hand a row's tokens to its job; why the answer ends with one of them, if it does."""
-        row = answer.row
+        row, job.state = answer.row, answer.state
         for i, (token, arrays) in enumerate(zip(answer.tokens, answer.logprobs, strict=True)):
             logprob = None if arrays is None else to_host(arrays, token, self.tokenizer)
             reason = job.take(token, logprob)
@@ -305,12 +298,37 @@ class Scheduler:
         return "length" if row.length > job.reserved_length and not self._grow(job) else None
 
     def _grow(self, job: Job) -> bool:
-        """Reserve room for more tokens than were predicted for a request without max_tokens."""
-        more = job.grown(self.admission).answering
-        if not self._make_room(more, job):
+        """Reserve room for more tokens than were predicted for a request without max_tokens.
+
+        Where there is none beside others, this request is put back until there is, or others are.
+        False where it would not fit alone.
+        """
+        more = job.grown(self.admission)
+        if not self.admission.fits(more):
             return False
-        job.cost = more
+        while not self._make_room([more, *self._costs(without=job)]):
+            running = self.running.values()
+            giver = who_gives_way(self.admission, job, self.reader.jobs, running)
+            if giver is None:
+                return False
+            self._put_back(giver)
+            if giver is job:
+                return True
+        job.cost, job.reserved_tokens = more, job.grown_tokens
         return True
+
+    def _put_back(self, job: Job) -> None:
+        """Let a job wait again, before all others, with what it has said so far."""
+        self._leave(job)
+        job.put_back(self.admission)
+        self.waiting.appendleft(job)
+
+    def _fail_running(self, error: Exception) -> None:
+        """End all rows: a pass is shared, and nothing is known of any row's cache now."""
+        self.batch = Batch(self.model)
+        self._keep([])
+        for job in list(self.running.values()):
+            self._fail(job, error)
 
     def _let_go(self, rows: Iterable[Decoding]) -> None:
         """Take rows out of the batch that have no more to draw."""
@@ -323,50 +341,56 @@ class Scheduler:
         """Let all other rows go."""
         self.batch.keep(rows)
         if self.speculation is not None:
-            self.speculation.drafter.keep(rows)
+            self.speculation.keep(rows)
 
     def _remember(self, job: Job) -> None:
-        """Put what a job has computed into the prefix cache."""
+        """Put what a job has computed into the prefix cache. Where that fails it is not kept."""
         if self.prefix is None:
             return
-        if job.prefill is not None:
-            if job.prefill.done > job.cached:
-                layers = [kv_cache.layer_rows(layer) for layer in job.prefill.layers]
-                self.prefix.insert(job.key, layers)
-        elif job.row is not None and job.row in self.batch.rows:
-            # Fed tokens are all read, but for one that a row leaving early may have on its way.
-            key = job.key_with(job.row.tokens)
-            self.prefix.insert(key, self.batch.rows_of(job.row, min(job.row.length, len(key))))
-        self._shrink_caches(self.admission.together(self._costs()) - self.admission.available)
+        try:
+            if (layers := job.computed(self.batch)) is not None:
+                self.prefix.insert(job.whole_key, layers)
+            shrink_caches(self.admission, self._costs(), self.caches)
+        except Exception:  # noqa: BLE001
+            _log.warning("a prefix could not be kept", exc_info=True)
 
     # The end
 
     def _finish(self, job: Job, reason: FinishReason) -> None:
+        if job.ended:
+            return
         try:
             chunks = job.end(reason)
         except Exception as error:  # noqa: BLE001
             self._fail(job, error)
             return
+        self._leave(job)
+        self._end(job)
         self.counts.finished += 1
-        self._forget(job)
         for chunk in chunks:
             job.handle.put(chunk)
 
     def _fail(self, job: Job, error: BaseException) -> None:
+        if job.ended:
+            return
+        self._leave(job, keep=False)
+        self._end(job)
         self.counts.failed += 1
-        self._forget(job, keep=False)
         job.handle.put(error)
 
+    def _end(self, job: Job) -> None:
+        job.ended = True
+        self._leaves_queue(job)
+
     @contextmanager
-    def _isolated(self, *jobs: Job) -> Iterator[None]:
-        """What goes wrong inside ends these requests, and no other."""
+    def _isolated(self, job: Job) -> Iterator[None]:
+        """What goes wrong inside ends this request, and no other."""
         try:
             yield
         except Exception as error:  # noqa: BLE001
-            for job in jobs:
-                self._fail(job, error)
+            self._fail(job, error)
 
-    def _forget(self, job: Job, *, keep: bool = True) -> None:
+    def _leave(self, job: Job, *, keep: bool = True) -> None:
         """Drop all that holds the job; keep what it computed in the prefix cache."""
         if keep:
             self._remember(job)
@@ -380,3 +404,8 @@ class Scheduler:
             unread = self.batch.unread
             if unread is not None and not any(id(row) in self.running for row in unread.rows):
                 self.batch.unread = None
+
+
+def _is_restoring(job: Job) -> bool:
+    """Whether a waiting job's beginning is read from the disk, or was and is held for it."""
+    return job.restoring is not None

@@ -7,9 +7,10 @@ step come from (seed, step), the same seed gives the same answer with and withou
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Callable, Sequence
 from itertools import islice
-from typing import Protocol
+from typing import Protocol, TypeVar
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -20,6 +21,9 @@ from qwen3vl_mlx.engine.feature_cache import FeatureCache
 from qwen3vl_mlx.engine.prefix_cache import PrefixCache
 from qwen3vl_mlx.engine.request import Request
 from qwen3vl_mlx.models.config import TextConfig
+
+_log = logging.getLogger(__name__)
+Result = TypeVar("Result")
 
 MOST_DRAFTED = 7  # with the newest token 8 queries: what Metal's vector attention takes
 _MOST_QUERIES = 32  # of a query head group, in the same kernel
@@ -53,10 +57,13 @@ class Drafter(Protocol):
 
 
 class Speculation:
-    """Which rows are worth waiting for, and drafts that can be verified."""
+    """Which rows are worth waiting for, and drafts that can be verified.
+
+    A drafter that raises costs nobody an answer: it is asked no more, and its caches are dropped.
+    """
 
     def __init__(self, drafter: Drafter, config: TextConfig, draft_tokens: int):
-        self.drafter = drafter
+        self.drafter: Drafter | None = drafter
         group = config.num_attention_heads // config.num_key_value_heads
         self._longest = min(draft_tokens, MOST_DRAFTED, _MOST_QUERIES // group - 1)
 
@@ -64,11 +71,29 @@ class Speculation:
         """Tokens that each of `rows` rows may have drafted in one pass."""
         return max(0, min(self._longest, _PASS_TOKENS // max(rows, 1) - 1))
 
+    @property
+    def caches(self) -> Sequence[FeatureCache | PrefixCache]:
+        return self._ask(lambda drafter: drafter.caches, ())
+
+    def begin(self, row: Decoding, request: Request) -> None:
+        """A row starts to decode."""
+        self._ask(lambda drafter: drafter.begin(row, request), None)
+
+    def keep(self, rows: Sequence[Decoding]) -> None:
+        """Only these rows go on."""
+        self._ask(lambda drafter: drafter.keep(rows), None)
+
+    def advance(self, budget: int) -> None:
+        """Queue the drafter's own work, about `budget` tokens' worth."""
+        self._ask(lambda drafter: drafter.advance(budget), 0)
+
     def waits(self, rows: Sequence[Decoding]) -> bool:
         """Whether the next pass should wait until the host has read the newest tokens."""
-        return self.longest(len(rows)) > 0 and any(
-            row.max_tokens - row.drawn > 1 and self.drafter.waits(row) for row in rows
-        )
+
+        def asked(drafter: Drafter) -> bool:
+            return any(row.max_tokens - row.drawn > 1 and drafter.waits(row) for row in rows)
+
+        return self.longest(len(rows)) > 0 and self._ask(asked, False)
 
     def drafts(self, rows: Sequence[Decoding]) -> list[tuple[int, ...]]:
         """A draft for each row, all of whose tokens are read; () where there is none."""
@@ -76,11 +101,25 @@ class Speculation:
         counts = [max(0, min(longest, row.max_tokens - len(row.tokens) - 1)) for row in rows]
         if not any(counts):
             return [()] * len(rows)
-        guesses = self.drafter.draft(rows, counts)
-        return [
-            _usable(row, guess[:count])
-            for row, guess, count in zip(rows, guesses, counts, strict=True)
-        ]
+
+        def asked(drafter: Drafter) -> list[tuple[int, ...]]:
+            guesses = drafter.draft(rows, counts)
+            return [
+                _usable(row, guess[:count])
+                for row, guess, count in zip(rows, guesses, counts, strict=True)
+            ]
+
+        return self._ask(asked, [()] * len(rows))
+
+    def _ask(self, question: Callable[[Drafter], Result], otherwise: Result) -> Result:
+        if self.drafter is None:
+            return otherwise
+        try:
+            return question(self.drafter)
+        except Exception:  # noqa: BLE001
+            _log.warning("guessing ahead failed, answers go on without it", exc_info=True)
+            self.drafter = None
+            return otherwise
 
 
 def _usable(row: Decoding, guess: Sequence[int]) -> tuple[int, ...]:

@@ -10,6 +10,7 @@ import math
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from importlib.util import find_spec
 from itertools import accumulate, cycle
@@ -20,18 +21,16 @@ import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 
+from qwen3vl_mlx.api import load
 from qwen3vl_mlx.card import with_quality
 from qwen3vl_mlx.demo.scenes import is_correct
 from qwen3vl_mlx.errors import InputError
 from qwen3vl_mlx.loading import (
-    default_dtype,
     effective_config,
-    load_model,
     read_tensors,
     weight_files,
 )
 from qwen3vl_mlx.models.config import ModelConfig, read_config
-from qwen3vl_mlx.processing.processor import Processor
 from qwen3vl_mlx.processing.tokenizer import Tokenizer
 from qwen3vl_mlx.publish import replace_text
 from qwen3vl_mlx.quant.apply import Weight, parameter_shapes
@@ -39,8 +38,7 @@ from qwen3vl_mlx.quant.examples import (
     TASK_SEED,
     Example,
     about,
-    end_tokens,
-    greedy_answer,
+    greedy_answers,
     scene_questions,
     shown,
 )
@@ -294,16 +292,13 @@ class _Tasks:
 
     def answers(self, folder: Path) -> list[str]:
         """What the checkpoint in `folder` says, greedily."""
-        model = load_model(folder, default_dtype(), progress=self.progress)
-        processor = Processor.from_folder(folder, model.config)
-        tokenizer = processor.tokenizer
-        given = []
-        label = f"{folder.name}: questions"
-        for scene, question in shown(self.asked, len(self.asked), label, self.progress):
-            prompt = processor.prompt(about(scene.draw(), question.question))
-            ids = greedy_answer(model, prompt, end_tokens(tokenizer), _TASK_TOKENS)
-            given.append(tokenizer.decode(ids))
-        return given
+        with closing(load(folder, progress=self.progress)) as model:
+            processor = model.processor
+            prompts = (processor.prompt(about(s.draw(), q.question)) for s, q in self.asked)
+            answers = greedy_answers(model, prompts, _TASK_TOKENS)
+            label = f"{folder.name}: questions"
+            answers = shown(answers, len(self.asked), label, self.progress)
+            return [processor.tokenizer.decode(ids) for ids in answers]
 
     def accuracy(self, given: Sequence[str]) -> float:
         pairs = zip(self.asked, given, strict=True)

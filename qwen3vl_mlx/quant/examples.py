@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import os
 import sys
-from collections import Counter
+import time
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import islice
+from itertools import islice, tee
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
@@ -18,17 +19,14 @@ import numpy as np
 import numpy.typing as npt
 
 from qwen3vl_mlx.demo.scenes import Question, Scene, make_scene, questions
-from qwen3vl_mlx.engine import generation
-from qwen3vl_mlx.engine.sampling import Sampler, SamplingParams
-from qwen3vl_mlx.engine.state import CacheState
+from qwen3vl_mlx.engine.request import Stream
+from qwen3vl_mlx.engine.sampling import SamplingParams
 from qwen3vl_mlx.errors import ImageError, InputError
 from qwen3vl_mlx.media import load_image
 from qwen3vl_mlx.media_decode import HEAD_BYTES, format_of
 from qwen3vl_mlx.models.config import read_config
-from qwen3vl_mlx.models.qwen3_vl import Model
 from qwen3vl_mlx.processing.processor import MaxPixels, Processor
 from qwen3vl_mlx.processing.prompt import Prompt
-from qwen3vl_mlx.processing.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from qwen3vl_mlx.api import Qwen3VL
@@ -51,7 +49,7 @@ PROMPTS = (
     "Write one sentence that says what matters most in this picture.",
 )
 
-_ENDS = ("<|im_end|>", "<|endoftext|>")
+_END = "<|im_end|>"
 
 T = TypeVar("T")
 
@@ -122,7 +120,7 @@ def demo_examples(processor: Processor, count: int, *, first_seed: int) -> list[
     examples = []
     for scene, question in scene_questions(count, first_seed):
         prompt = processor.prompt(about(scene.draw(), question.question))
-        answer = processor.tokenizer.encode(question.truth + _ENDS[0])
+        answer = processor.tokenizer.encode(question.truth + _END)
         examples.append(with_answer(f"scene {scene.seed} {question.task}", prompt, answer))
     return examples
 
@@ -171,38 +169,51 @@ def folder_examples(
     if not pictures:
         reason = f"; the first of {len(problems)}: {problems[0]}" if problems else ""
         raise InputError(f"{path} has no picture that can be read{reason}")
-    examples = []
     total = min(count, len(pictures) * len(PROMPTS))
-    for number in shown(range(total), total, "Asking about pictures", progress):
+    asked, again = tee(_asked(model, path, pictures, total, max_pixels))
+    answers = greedy_answers(model, (prompt for _, prompt in asked), max_answer_tokens)
+    answers = shown(answers, total, "Asking about pictures", progress)
+    return [
+        with_answer(name, prompt, answer)
+        for (name, prompt), answer in zip(again, answers, strict=True)
+    ]
+
+
+def _asked(
+    model: Qwen3VL, folder: Path, pictures: Sequence[Path], total: int, max_pixels: MaxPixels
+) -> Iterator[tuple[str, Prompt]]:
+    """The first `total` pairs of a picture and a question, by name."""
+    for number in range(total):
         turn, place = divmod(number, len(pictures))
         picture = pictures[place]
         question = PROMPTS[(place + turn) % len(PROMPTS)]
         prompt = model.processor.prompt(about(load_image(picture), question), max_pixels=max_pixels)
-        answer = greedy_answer(model.model, prompt, model.eos_token_ids, max_answer_tokens)
-        name = f"{picture.relative_to(path)}: {question}"
-        examples.append(with_answer(name, prompt, answer))
-    return examples
+        yield f"{picture.relative_to(folder)}: {question}", prompt
 
 
-def greedy_answer(
-    model: Model, prompt: Prompt, eos_token_ids: frozenset[int], max_tokens: int
-) -> list[int]:
-    """Token ids of the greedy answer, its end token included where it came to an end."""
-    state = CacheState.empty(model.config.text.num_hidden_layers)
-    sampler = Sampler(SamplingParams(temperature=0), prompt.token_ids, model.config.text.vocab_size)
-    logits = generation.prefill(model, prompt, state)
-    tokens: list[int] = []
-    for token in generation.decode(model, state, prompt.rope_delta, logits, sampler, max_tokens):
-        tokens.append(token)
-        if token in eos_token_ids:
-            break
-    return tokens
+def greedy_answers(
+    model: Qwen3VL, prompts: Iterable[Prompt], max_tokens: int
+) -> Iterable[list[int]]:
+    """Token ids of each prompt's greedy answer, in order; an end token is the last, if it came.
+
+    As many run at once as the engine takes, and a prompt is made when its turn comes.
+    """
+    params = SamplingParams(temperature=0, max_tokens=max_tokens)
+    options = model.engine.options
+    running: deque[Stream] = deque()
+    for prompt in prompts:
+        request = model.asking.request(prompt, params, tools=False, started=time.perf_counter())
+        running.append(model.run(request))
+        if len(running) >= min(options.max_batch, options.max_queue):
+            yield _tokens(running.popleft())
+    while running:
+        yield _tokens(running.popleft())
 
 
-def end_tokens(tokenizer: Tokenizer) -> frozenset[int]:
-    """Ids of the tokens that end an answer of any Qwen3-VL model."""
-    added = tokenizer.added_tokens
-    return frozenset(added[name] for name in _ENDS if name in added)
+def _tokens(stream: Stream) -> list[int]:
+    for _ in stream:
+        pass
+    return stream.handle.tokens
 
 
 def find_pictures(folder: Path) -> list[Path]:

@@ -58,7 +58,7 @@ class StreamedPass:
     for logits in passing.logits(rows):
         ...
 
-    Hidden states equal those of `generation.forward`. dtype: as in `loading.load_model`, by
+    Hidden states equal those of one pass through the model. dtype: as in `loading.load_model`, by
     default `default_dtype()`. read: gives the tensors of `folder` by name, not yet read from disk.
     Raises ConfigError or WeightsError before anything is read.
     """

@@ -1,0 +1,168 @@
+"""Conversations to requests: what `generate`, a chat and a server share before the engine runs."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+from qwen3vl_mlx.engine.constraints import GrammarCompiler
+from qwen3vl_mlx.engine.grammar import Grammar, parse_grammar
+from qwen3vl_mlx.engine.penalties import breaker_tokens
+from qwen3vl_mlx.engine.request import Request
+from qwen3vl_mlx.engine.sampling import SamplingParams
+from qwen3vl_mlx.errors import InputError, PromptError
+from qwen3vl_mlx.processing.processor import MaxPixels, Messages, Processor
+from qwen3vl_mlx.processing.prompt import Prompt
+from qwen3vl_mlx.processing.truncation import shorten
+
+_ANSWER_ROOM = 1024  # tokens that truncation leaves for an answer of no stated length
+
+
+@dataclass(frozen=True)
+class Form:
+    """What an answer may say: tools and a grammar, as `parse_grammar` reads them."""
+
+    tools: Sequence[Mapping[str, Any]] | None = None
+    tool_choice: str | Mapping[str, Any] | None = None
+    parallel_tool_calls: bool | None = None
+    response_format: Mapping[str, Any] | None = None
+    grammar: Mapping[str, Any] | None = None
+
+
+@dataclass(frozen=True)
+class Look:
+    """How pictures are shown: pixel limits, and whether each is given a number."""
+
+    min_pixels: int | None = None
+    max_pixels: MaxPixels = None
+    add_vision_id: bool = False
+
+
+@dataclass(frozen=True)
+class Asking:
+    """Lays out requests for one model."""
+
+    processor: Processor
+    compiler: GrammarCompiler
+    eos_token_ids: frozenset[int]
+    context_length: int
+    vocab_size: int
+    _breakers: dict[tuple[str, ...], frozenset[int]] = field(default_factory=dict, repr=False)
+
+    def prompt(
+        self, messages: Messages, tools: Sequence[Mapping[str, Any]] | None, look: Look
+    ) -> Prompt:
+        """Lay out messages as they are. Raises PromptError where they fill the context."""
+        prompt = self.processor.prompt(
+            messages,
+            tools=tools,
+            min_pixels=look.min_pixels,
+            max_pixels=look.max_pixels,
+            add_vision_id=look.add_vision_id,
+        )
+        if len(prompt.token_ids) >= self.context_length:
+            raise PromptError(
+                f"the prompt has {len(prompt.token_ids)} tokens and the model's context holds "
+                f"{self.context_length}, answer included; shorten it or lower max_pixels, or let "
+                "truncate drop the oldest turns"
+            )
+        return prompt
+
+    def prepare(
+        self,
+        messages: Messages,
+        params: SamplingParams,
+        form: Form,
+        look: Look,
+        *,
+        truncate: bool,
+        timeout: float | None,
+        started: float,
+    ) -> Request:
+        """Check and lay out all that is asked. Raises InputError, before pictures are read.
+
+        started: on the clock of time.perf_counter.
+        """
+        if params.thinking_budget is not None and not self.processor.template.opens_thinking:
+            raise InputError("thinking_budget is for Thinking models; this one does not think")
+        grammar = parse_grammar(
+            form.response_format,
+            form.grammar,
+            form.tools,
+            form.tool_choice,
+            parallel_tool_calls=form.parallel_tool_calls,
+        )
+        request = partial(self.request, params=params, grammar=grammar, timeout=timeout)
+        self._check(params, grammar, timeout)
+        # What the model does not see it does not call.
+        tools = None if form.tool_choice == "none" else form.tools
+        if truncate:
+            messages = self._shortened(messages, tools, look, params.max_tokens)
+            look = Look(add_vision_id=look.add_vision_id)  # the pictures are cut by now
+        return request(self.prompt(messages, tools, look), tools=bool(tools), started=started)
+
+    def request(
+        self,
+        prompt: Prompt,
+        params: SamplingParams,
+        *,
+        tools: bool,
+        grammar: Grammar | None = None,
+        timeout: float | None = None,
+        started: float,
+    ) -> Request:
+        """What the engine runs. tools: whether calls are to be read from the answer."""
+        self._check(params, grammar, timeout)
+        room = self.context_length - len(prompt.token_ids)
+        return Request(
+            prompt=prompt,
+            params=params,
+            max_tokens=room if params.max_tokens is None else min(params.max_tokens, room),
+            eos_token_ids=self.eos_token_ids,
+            thinking=self.processor.template.opens_thinking,
+            tools=tools,
+            preparation_sec=time.perf_counter() - started,
+            grammar=grammar,
+            timeout=timeout,
+            breakers=self.breakers(params),
+        )
+
+    def _check(
+        self, params: SamplingParams, grammar: Grammar | None, timeout: float | None
+    ) -> None:
+        params.check_vocabulary(self.vocab_size)
+        if timeout is not None:
+            number = isinstance(timeout, (int, float)) and not isinstance(timeout, bool)
+            if not (number and 0 < timeout < math.inf):
+                raise InputError(f"timeout must be a number of seconds above 0, got {timeout!r}")
+        if grammar is not None:
+            self.compiler.compile(grammar)  # here, not while others wait for their tokens
+
+    def breakers(self, params: SamplingParams) -> frozenset[int]:
+        """DRY's breakers as tokens; the vocabulary is read once for each set of texts."""
+        texts = params.dry_sequence_breakers
+        if not params.dry_multiplier:
+            return frozenset()
+        if texts not in self._breakers:
+            self._breakers[texts] = breaker_tokens(self.processor.tokenizer, texts)
+        return self._breakers[texts]
+
+    def _shortened(
+        self,
+        messages: Messages,
+        tools: Sequence[Mapping[str, Any]] | None,
+        look: Look,
+        max_tokens: int | None,
+    ) -> Messages:
+        """The newest turns that fit the context beside an answer."""
+        wanted = _ANSWER_ROOM if max_tokens is None else max_tokens
+        answer = min(wanted, self.context_length // 4)
+        seen = self.processor.read(
+            messages, self.processor.image_budget(look.min_pixels, look.max_pixels)
+        )
+        layout = partial(self.processor.prompt, tools=tools, add_vision_id=look.add_vision_id)
+        return shorten(seen, layout, self.context_length - answer)
