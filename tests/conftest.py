@@ -17,7 +17,7 @@ import layouts
 import tiny
 from asking import SCENES
 from disks import Disk
-from driving import Driver, recording
+from driving import Driver, record
 from law import INPUTS
 from PIL.Image import Image
 
@@ -81,10 +81,10 @@ def serve() -> Iterator[Callable[..., Qwen3VL]]:
 
 
 @pytest.fixture
-def drive() -> Iterator[Callable[..., Driver]]:
+def drive(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Driver]:
     """`drive(model, **options)`: its scheduler, stepped by hand, whose draws are recorded."""
-    with recording() as drawn:
-        yield lambda model, **options: Driver(model, drawn, **options)
+    drawn = record(monkeypatch)  # undone in turn with what the test itself patches
+    return lambda model, **options: Driver(model, drawn, **options)
 
 
 @pytest.fixture

@@ -32,8 +32,7 @@ _SEEDS = itertools.count(1)
 Drawn = dict[int, dict[int, mx.array]]
 
 
-@contextmanager
-def recording() -> Iterator[Drawn]:
+def record(patch: pytest.MonkeyPatch) -> Drawn:
     """Draw ordinary words only, and keep the logits they are drawn from."""
     seen: Drawn = defaultdict(dict)
     draw = batch.draw
@@ -44,9 +43,15 @@ def recording() -> Iterator[Drawn]:
             seen[row.sampler.seed][row.state.step] = logits[i]
         return draw(mx.where(words, logits, -mx.inf), rows)
 
+    patch.setattr(batch, "draw", recorded)
+    return seen
+
+
+@contextmanager
+def recording() -> Iterator[Drawn]:
+    """`record` for a while."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(batch, "draw", recorded)
-        yield seen
+        yield record(patch)
 
 
 class Driver:
