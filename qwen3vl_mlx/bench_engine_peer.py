@@ -16,7 +16,7 @@ import json
 import logging
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
 from typing import Any
@@ -37,7 +37,7 @@ def main() -> None:
     replies, sys.stdout = sys.stdout, sys.stderr  # the library prints; replies must stay JSON
     logging.disable(logging.WARNING)
     peer = Peer(work)
-    alone = {name: peer.alone(name)[0] for name in work["conversations"]}
+    alone = {name: peer.alone(name, {})[0] for name in work["conversations"]}
     facts = {"version": version("mlx-vlm"), "alone": alone}
     print(json.dumps(facts), file=replies, flush=True)
     for _ in sys.stdin:
@@ -78,7 +78,7 @@ class Peer:
         self.features.clear()
         mx.clear_cache()
 
-    def alone(self, name: str, **caches: Any) -> tuple[list[int], float]:
+    def alone(self, name: str, caches: Mapping[str, Any]) -> tuple[list[int], float]:
         """An answer by `stream_generate`, and the seconds to its first token."""
         self.stop_at_ends(True)
         began = time.perf_counter()
@@ -164,7 +164,7 @@ def library_round(peer: Peer, steps: list[Any], alone: dict[str, list[int]]) -> 
     def forget() -> None:
         caches["prompt_cache_state"] = PromptCacheState()
 
-    return first_tokens(peer, steps, alone, lambda name: peer.alone(name, **caches), forget)
+    return first_tokens(peer, steps, alone, lambda name: peer.alone(name, caches), forget)
 
 
 def first_tokens(

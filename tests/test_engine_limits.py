@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from threading import Event, Thread
 from typing import Any
@@ -15,11 +15,10 @@ import pytest
 from driving import Driver
 from law import TOLERANCE, picture, user
 
-from qwen3vl_mlx.api import Qwen3VL, load
+from qwen3vl_mlx.api import Qwen3VL
 from qwen3vl_mlx.engine import job as engine_job
 from qwen3vl_mlx.engine.batch import Batch, Decoding
 from qwen3vl_mlx.engine.constraints import parse_grammar
-from qwen3vl_mlx.engine.engine import EngineOptions
 from qwen3vl_mlx.engine.prefix_disk import DiskTier
 from qwen3vl_mlx.engine.reader import PromptReader
 from qwen3vl_mlx.engine.request import Handle
@@ -42,19 +41,6 @@ def asked(model: Qwen3VL, *parts: Any) -> Prompt:
 def end_reason(handle: Handle) -> str | None:
     assert handle.phase == "done"
     return list(handle)[-1].finish_reason
-
-
-@pytest.fixture
-def serve() -> Iterator[Callable[..., Qwen3VL]]:
-    models: list[Qwen3VL] = []
-
-    def served(**options: Any) -> Qwen3VL:
-        models.append(load("demo", engine=EngineOptions(**options)))
-        return models[-1]
-
-    yield served
-    for each in models:
-        each.close()
 
 
 # Answers without a limit of their own outgrow the memory.

@@ -5,7 +5,7 @@ On pictures whose descriptions are known from how they were drawn, through the p
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from itertools import permutations
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,6 @@ from PIL.Image import Image
 
 from qwen3vl_mlx.api import Qwen3VL, load
 from qwen3vl_mlx.demo.scenes import Scene, make_scene, questions
-from qwen3vl_mlx.engine.engine import EngineOptions
 
 SAME_SIZE = (40051, 40060, 40092, 40107)  # 192 x 128
 SIZES = (40116, 40013, 40027, 40031)  # 96 x 320, 160 x 96, 96 x 96, 128 x 224
@@ -39,20 +38,6 @@ def same_size() -> list[Seen]:
 @pytest.fixture(scope="module")
 def sizes() -> list[Seen]:
     return [show(seed) for seed in SIZES]
-
-
-@pytest.fixture
-def serve() -> Iterator[Callable[..., Qwen3VL]]:
-    """The demo checkpoint with nothing remembered, served as told."""
-    models: list[Qwen3VL] = []
-
-    def served(**options: Any) -> Qwen3VL:
-        models.append(load("demo", engine=EngineOptions(**options)))
-        return models[-1]
-
-    yield served
-    for model in models:
-        model.close()
 
 
 def together(model: Qwen3VL, asked: Sequence[tuple[str, Image]]) -> list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING, Literal, TypeAlias
@@ -76,7 +77,7 @@ class Handle:
             self._ready.notify_all()
             if self._waiter is not None:
                 loop, event = self._waiter
-                if not loop.is_closed():
+                with suppress(RuntimeError):  # the loop is closed: nobody waits there any more
                     loop.call_soon_threadsafe(event.set)
 
     def __iter__(self) -> Iterator[Chunk]:
