@@ -1,8 +1,9 @@
 """`python -m qwen3vl_mlx.bench`: what one picture and one answer cost on this machine.
 
 `--engine` measures conversations and requests at once instead, and `--soak` looks for lost or wrong
-answers among many. `--compare-mlx-vlm PYTHON` lets mlx-vlm do the same work under its own
-interpreter, turn about with ours so that a busy machine disturbs both alike.
+answers among many; `--server` and `--server-soak` do the same over HTTP. `--compare-mlx-vlm PYTHON`
+lets mlx-vlm do the same work under its own interpreter, turn about with ours so that a busy machine
+disturbs both alike.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ from typing import TYPE_CHECKING, Any
 from qwen3vl_mlx import cli
 
 if TYPE_CHECKING:
+    import mlx.core as mx
+
     from qwen3vl_mlx.api import Qwen3VL
     from qwen3vl_mlx.bench_measure import Workload
 
@@ -47,6 +50,15 @@ tokens per pass of the decoder where an answer copies one given before, by promp
 --soak asks short questions about drawn pictures, some of which are cancelled on the way, and
 compares every answer with the one that the same question got alone. The exit status is 1 where
 an answer is lost or wrong. It needs a model that knows such pictures: demo.
+
+--server measures what 1, 8 and 32 clients see that stream answers about 128 new pictures from a
+server on this machine: time to the first token and between the next, tokens per second of all, and
+how many answers are as those of the same server asked one by one. Every measurement starts a fresh
+server, as its command does by default.
+
+--server-soak lets clients stream for so many seconds and a third of them leave on the way. The exit
+status is 1 where an answer failed or differs from the one asked alone, a request is still there
+when all clients are gone, or the server does not stop in good order.
 """
 _CAPTIONS = {
     "import_sec": "import",
@@ -73,7 +85,7 @@ def parser(prog: str) -> argparse.ArgumentParser:
         "--pixels",
         type=int,
         metavar="N",
-        help="of the picture (default 65,536; with --engine 262,144)",
+        help="of a picture (default 65,536; with --engine 262,144; with --server as drawn)",
     )
     p.add_argument(
         "--prompt-tokens", type=int, default=32, metavar="N", help="of text, about (default 32)"
@@ -84,8 +96,15 @@ def parser(prog: str) -> argparse.ArgumentParser:
     p.add_argument("--runs", type=int, default=5, metavar="N", help="(default 5)")
     p.add_argument("--engine", action="store_true", help="measure caches, batch and speculation")
     p.add_argument("--soak", type=int, metavar="N", help="ask N questions, look at each answer")
+    p.add_argument("--server", action="store_true", help="measure what clients of a server see")
     p.add_argument(
-        "--at-once", type=int, default=8, metavar="N", help="of the questions of --soak (default 8)"
+        "--server-soak", type=int, metavar="SEC", help="ask a server so long, look at each answer"
+    )
+    p.add_argument(
+        "--at-once",
+        type=int,
+        metavar="N",
+        help="of the questions of --soak (default 8) and the clients of --server-soak (64)",
     )
     p.add_argument("--no-start", action="store_true", help="leave out import and start")
     p.add_argument("--no-warm-up", action="store_true", help="count the first run too")
@@ -109,32 +128,36 @@ def bench(args: argparse.Namespace) -> None:
     from qwen3vl_mlx import hub
     from qwen3vl_mlx.errors import InputError
 
-    if args.pixels is None:
-        args.pixels = 262_144 if args.engine else 65_536
+    counts = ("pixels", "prompt_tokens", "runs", "soak", "server_soak", "at_once")
     # The first token of an answer is no part of `decode`.
-    least_of = {"pixels": 1, "prompt_tokens": 1, "max_tokens": 2, "runs": 1, "at_once": 1}
-    if args.soak is not None:
-        least_of["soak"] = 1
-    for option, least in least_of.items():
-        if (value := vars(args)[option]) < least:
+    for option, least in {**dict.fromkeys(counts, 1), "max_tokens": 2}.items():
+        if (value := vars(args)[option]) is not None and value < least:
             raise InputError(f"--{option.replace('_', '-')} must be at least {least}, got {value}")
+    if args.pixels is None and not args.server:
+        args.pixels = 262_144 if args.engine else 65_536
     if args.topology is not None and args.quantize is None:
         raise InputError("--topology holds exceptions to --quantize: give both")
     checkpoint = hub.resolve(args.model)
 
     from qwen3vl_mlx.api import load
+    from qwen3vl_mlx.loading import default_dtype
 
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        if args.quantize is not None:
-            checkpoint = quantized_copy(args, checkpoint, folder / "quantized")
-        model = load(checkpoint)
-        if args.soak is not None:
-            soak(args, model)
+        # Another server cannot be told to compute in the type that ours does by default.
+        dtype = default_dtype() if args.compare_mlx_vlm is not None and args.server else None
+        if args.quantize is not None or dtype is not None:
+            checkpoint = converted_copy(args, checkpoint, folder / "converted", dtype)
+        if args.server_soak is not None:
+            soak_server(args, checkpoint)
+        elif args.server:
+            compare_servers(args, checkpoint)
+        elif args.soak is not None:
+            soak(args, load(checkpoint))
         elif args.engine:
-            compare_engines(args, model, checkpoint, folder)
+            compare_engines(args, load(checkpoint), checkpoint, folder)
         else:
-            compare(args, model, checkpoint, folder)
+            compare(args, load(checkpoint), checkpoint, folder)
 
 
 def compare(args: argparse.Namespace, model: Qwen3VL, checkpoint: Path, folder: Path) -> None:
@@ -198,27 +221,58 @@ def compare_engines(
     print(json.dumps(report) if args.json else bench_engine.table(report))
 
 
+def compare_servers(args: argparse.Namespace, checkpoint: Path) -> None:
+    """Measure what clients of servers see, and print."""
+    from qwen3vl_mlx import bench_server, bench_server_clients
+    from qwen3vl_mlx.processing.tokenizer import Tokenizer
+
+    sides = [bench_server_clients.ours(str(checkpoint))]
+    if args.compare_mlx_vlm is not None:
+        sides.append(bench_server_clients.mlx_vlm(args.compare_mlx_vlm, str(checkpoint)))
+    tokenizer = Tokenizer.from_folder(checkpoint)
+    questions = bench_server.make_questions(bench_server.QUESTIONS, args.max_tokens, args.pixels)
+    report = bench_server.compare(sides, questions, tokenizer, bench_server.CLIENTS)
+    print(json.dumps(report) if args.json else bench_server.table(report))
+
+
+def soak_server(args: argparse.Namespace, checkpoint: Path) -> None:
+    """Ask a server for a while and print what it did. Raises Qwen3VLError for bad answers."""
+    from qwen3vl_mlx import bench_server, bench_server_clients, bench_server_soak
+    from qwen3vl_mlx.errors import Qwen3VLError
+
+    side = bench_server_clients.ours(str(checkpoint))
+    questions = bench_server.make_questions(bench_server_soak.QUESTIONS, args.max_tokens)
+    clients = args.at_once or bench_server_soak.CLIENTS
+    report = bench_server_soak.soak(side, questions, args.server_soak, clients)
+    print(json.dumps(asdict(report)) if args.json else bench_server_soak.table(report))
+    if not report.clean:
+        raise Qwen3VLError("the server did not do all that it was asked; see above")
+
+
 def soak(args: argparse.Namespace, model: Qwen3VL) -> None:
     """Ask many questions and print what became of them. Raises Qwen3VLError for bad answers."""
     from qwen3vl_mlx import soak
     from qwen3vl_mlx.errors import Qwen3VLError
 
-    report = soak.soak(model, args.soak, args.at_once)
+    report = soak.soak(model, args.soak, args.at_once or 8)
     print(json.dumps(asdict(report)) if args.json else soak.table(report))
     if not report.clean:
         raise Qwen3VLError(f"{report.lost} answers are lost and {report.wrong} are wrong")
 
 
-def quantized_copy(args: argparse.Namespace, checkpoint: Path, target: Path) -> Path:
+def converted_copy(
+    args: argparse.Namespace, checkpoint: Path, target: Path, dtype: mx.Dtype | None
+) -> Path:
     """A converted checkpoint that both sides read."""
     from qwen3vl_mlx import conversion, hub
     from qwen3vl_mlx.quant import policy
 
     source = conversion.open_source(hub.Snapshot(checkpoint))
-    request = policy.Request(args.quantize, topology=args.topology)
-    stored = conversion.stored_assignment(source)
-    assignment = policy.choose(source.config, request, stored)
-    conversion.convert(source, target, assignment, progress=True)
+    assignment = stored = conversion.stored_assignment(source)
+    if args.quantize is not None:
+        request = policy.Request(args.quantize, topology=args.topology)
+        assignment = policy.choose(source.config, request, stored)
+    conversion.convert(source, target, assignment, dtype=dtype, progress=True)
     return target
 
 

@@ -10,6 +10,7 @@ from importlib import import_module
 
 COMMANDS = {
     "generate": "answer a prompt about pictures",
+    "serve": "serve a model to the clients of OpenAI and Anthropic",
     "convert": "convert and quantize a checkpoint",
     "evaluate": "compare quantized checkpoints with their source",
     "bench": "measure this machine on a checkpoint",
@@ -28,7 +29,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run `qwen3vl`. Returns the exit status."""
     args = list(sys.argv[1:] if argv is None else argv)
     if args and args[0] in COMMANDS:
-        command = import_module(f"qwen3vl_mlx.{args[0]}").main
+        module = "server.command" if args[0] == "serve" else args[0]
+        command = import_module(f"qwen3vl_mlx.{module}").main
         return int(command(args[1:], prog=f"qwen3vl {args[0]}"))
     usage = _USAGE.format(commands="\n".join(f"  {n:<10} {text}" for n, text in COMMANDS.items()))
     if args and args[0] == "--version":

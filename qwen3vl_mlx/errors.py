@@ -21,6 +21,14 @@ class ImageError(InputError):
     """An image could not be read, decoded or used."""
 
 
+class UnsupportedImageError(ImageError):
+    """The bytes are no image of a format that can be read."""
+
+
+class TooLargeError(ImageError):
+    """An image is over a limit: of bytes, of pixels, or of the work to decode it."""
+
+
 class PromptError(InputError):
     """Messages, media and placeholders do not fit together."""
 

@@ -10,7 +10,7 @@ import stat
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 from urllib.parse import unquote, unquote_to_bytes, urlsplit
 
-from qwen3vl_mlx.errors import ImageError
+from qwen3vl_mlx.errors import ImageError, TooLargeError
 from qwen3vl_mlx.media_decode import (
     HEAD_BYTES,
     MAX_ASPECT,
@@ -32,8 +32,12 @@ __all__ = [
     "MAX_DOWNLOAD_BYTES",
     "MAX_SOURCE_PIXELS",
     "ImageSource",
+    "TextKind",
+    "decode_text",
     "describe_source",
+    "kind_of_text",
     "load_image",
+    "path_of_file_url",
 ]
 
 ImageSource: TypeAlias = (
@@ -41,11 +45,15 @@ ImageSource: TypeAlias = (
     "| np.ndarray[Any, Any]"
 )
 
+TextKind: TypeAlias = Literal["data", "http", "file", "other URL", "path", "base64"]
+
 MAX_SOURCE_PIXELS = 178_956_970
 """Where Pillow itself calls a picture a decompression bomb (2 * 1024**3 // 4 // 3 pixels, half a
 GiB of RGB); above any camera, and ten times what the model looks at (16384 tokens, 16.8 Mpixel)."""
 
 MAX_DOWNLOAD_BYTES = 64 * 2**20
+
+_MOST_ESCAPES = 2**22  # each takes a tenth of a kilobyte to undo, and 64 MB of base64 has fewer
 
 _SOURCES = (
     "a path, a file:, http: or https: URL, a data: URI, base64 text, bytes, a PIL image or "
@@ -56,6 +64,7 @@ _SOURCES = (
 def load_image(
     source: ImageSource,
     *,
+    name: str | None = None,
     max_source_pixels: int = MAX_SOURCE_PIXELS,
     timeout: float = 30.0,
     max_bytes: int = MAX_DOWNLOAD_BYTES,
@@ -67,6 +76,7 @@ def load_image(
             (an existing path wins), bytes of an image file, PIL image (left as it is), or numpy
             array (H, W), (H, W, 1), (H, W, 3) or (H, W, 4) of uint8, uint16, bool or floats in
             [0, 1]. Of several frames or pages the first is taken; of a PIL image the current one.
+        name: what messages call the source; None describes it.
         max_source_pixels: most pixels (width * height) to decode, read from the header.
         timeout: seconds a download may take.
         max_bytes: most bytes to download.
@@ -77,11 +87,13 @@ def load_image(
 
     Raises:
         ImageError: the source cannot be found, read, decoded or used; the message says which.
+        UnsupportedImageError: it is no image of a format that can be read.
+        TooLargeError: it is over a limit.
     """
     import numpy as np
     from PIL import Image
 
-    name = describe_source(source)
+    name = name or describe_source(source)
     if isinstance(source, Image.Image):
         picture = source
     elif isinstance(source, np.ndarray):
@@ -93,8 +105,11 @@ def load_image(
     return upright_rgb(picture, name)
 
 
-def describe_source(source: ImageSource) -> str:
-    """Return a short name of an image source for messages, without credentials or URL queries."""
+def describe_source(source: ImageSource, kind: TextKind | None = None) -> str:
+    """Return a short name of an image source for messages, without credentials or URL queries.
+
+    kind: what a text is, where that is known.
+    """
     if isinstance(source, (bytes, bytearray, memoryview)):
         return "bytes"
     if isinstance(source, os.PathLike):
@@ -108,7 +123,7 @@ def describe_source(source: ImageSource) -> str:
         if isinstance(source, Image.Image):
             return f"PIL image ({source.width}x{source.height}, {source.mode})"
         return f"{type(source).__name__} object"
-    kind = _kind_of_text(source)
+    kind = kind or kind_of_text(source)
     if kind == "data":
         header, _, payload = source.lstrip()[5:].partition(",")
         size = len(payload) * 3 // 4 if header.lower().endswith(";base64") else len(payload)
@@ -132,10 +147,11 @@ def _bytes(count: int) -> str:
 # ---- sources to bytes
 
 
-def _kind_of_text(
-    text: str,
-) -> Literal["data", "http", "file", "other URL", "path", "base64"]:
-    """What a str source means. An existing path wins over base64; a scheme wins over both."""
+def kind_of_text(text: str, *, on_disk: bool = True) -> TextKind:
+    """Return what a str source means. A scheme wins, then a path that exists, then base64.
+
+    on_disk: whether to look if it exists.
+    """
     scheme = re.match(r"\s*(?:([a-z][a-z0-9+.-]+)://|(data|file):)", text[:99], re.I)
     if scheme:
         word = (scheme[1] or scheme[2]).lower()
@@ -144,7 +160,7 @@ def _kind_of_text(
         if word == "data":
             return "data"
         return "file" if word == "file" else "other URL"
-    if os.path.exists(os.path.expanduser(text)):
+    if on_disk and os.path.exists(os.path.expanduser(text)):
         return "path"
     compact = "".join(text[: HEAD_BYTES * 4 // 3].split())
     head = _decode_base64(compact[: len(compact) // 4 * 4])
@@ -160,24 +176,31 @@ def _read(source: ImageSource, name: str, *, timeout: float, max_bytes: int) -> 
         return _read_file(os.path.expanduser(os.fsdecode(source)), name)
     if not isinstance(source, str):
         raise ImageError(f"a {name} is not an image source; expected {_SOURCES}")
-    kind = _kind_of_text(source)
+    kind = kind_of_text(source)
     if kind == "http":
         from qwen3vl_mlx.media_http import fetch
 
         return fetch(source.strip(), name, timeout=timeout, max_bytes=max_bytes)
     if kind == "file":
-        return _read_file(_path_of_file_url(source.strip(), name), name)
+        return _read_file(path_of_file_url(source.strip(), name), name)
+    if kind == "path":
+        return _read_file(os.path.expanduser(source), name)
+    return decode_text(source, kind, name)
+
+
+def decode_text(text: str, kind: TextKind, name: str) -> bytes:
+    """Return the bytes that a data: URI or base64 text holds. ImageError if it is malformed."""
     if kind == "other URL":
         raise ImageError(
             f"{name}: this URL scheme cannot be read; expected http, https, file or data"
         )
-    if kind == "path":
-        return _read_file(os.path.expanduser(source), name)
-    payload: str | bytes = source
+    payload: str | bytes = text
     if kind == "data":
-        header, comma, payload = source.strip()[5:].partition(",")
+        header, comma, payload = text.strip()[5:].partition(",")
         if not comma:
             raise ImageError(f"{name} has no comma; expected data:image/png;base64,<data>")
+        if payload.count("%") > _MOST_ESCAPES:
+            raise TooLargeError(f"{name} has too many % escapes; send base64 without them")
         payload = unquote_to_bytes(payload)
         if not header.lower().rstrip().endswith(";base64"):
             return payload
@@ -200,7 +223,8 @@ def _decode_base64(text: str | bytes) -> bytes | None:
         return None
 
 
-def _path_of_file_url(url: str, name: str) -> str:
+def path_of_file_url(url: str, name: str) -> str:
+    """Return the path in a file: URL of this machine. ImageError if there is none."""
     try:
         parts = urlsplit(url)
     except ValueError as err:

@@ -12,7 +12,7 @@ import struct
 import zlib
 from typing import TYPE_CHECKING, Any
 
-from qwen3vl_mlx.errors import ImageError
+from qwen3vl_mlx.errors import ImageError, TooLargeError, UnsupportedImageError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -33,6 +33,10 @@ _HEIF_BRANDS = {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b
 _ACCEPTED = "JPEG, PNG, WebP, GIF, BMP, TIFF, AVIF or HEIC/HEIF"
 HEAD_BYTES = 192
 """How many first bytes tell the format; the list of brands in an ISO media file fits."""
+
+_MAX_SCANS = 100  # progressive JPEGs have about ten
+_MAX_SEGMENTS = 10_000
+_JPEG_MARKER = re.compile(rb"\xff([^\0\xd0-\xd7\xff])")  # not inside the coded pixels
 
 # What Pillow's parsers raise on malformed files.
 _MALFORMED = (
@@ -85,12 +89,12 @@ def format_of(head: bytes) -> str | None:
 
 
 def check_format(data: bytes, name: str) -> str:
-    """Return the format of an image file from its first bytes, or raise ImageError."""
+    """Return the format of an image file from its first bytes, or raise UnsupportedImageError."""
     if not data:
-        raise ImageError(f"{name} is empty; expected an image: {_ACCEPTED}")
+        raise UnsupportedImageError(f"{name} is empty; expected an image: {_ACCEPTED}")
     found = format_of(data)
     if found is None:
-        raise ImageError(
+        raise UnsupportedImageError(
             f"{name} is not an image that can be read: it starts with {data[:16]!r}; "
             f"expected {_ACCEPTED}"
         )
@@ -98,9 +102,15 @@ def check_format(data: bytes, name: str) -> str:
 
 
 def _damaged(name: str, form: str | None, err: BaseException) -> ImageError:
-    what = f"a damaged or truncated {form} image" if form else "an image that cannot be used"
+    from PIL.Image import DecompressionBombError
+
+    bomb = isinstance(err, DecompressionBombError)
+    fault = "damaged or oversized" if bomb else "damaged or truncated"
+    what = f"a {fault} {form} image" if form else "an image that cannot be used"
     reason = short_text(str(err)) or type(err).__name__
-    return ImageError(f"{name} is {what} ({reason}); expected a whole one: copy or save it again")
+    return (TooLargeError if bomb else ImageError)(
+        f"{name} is {what} ({reason}); expected a whole one: copy or save it again"
+    )
 
 
 def open_encoded(data: bytes, name: str, max_source_pixels: int) -> PIL.Image.Image:
@@ -112,6 +122,8 @@ def open_encoded(data: bytes, name: str, max_source_pixels: int) -> PIL.Image.Im
     from PIL import Image
 
     form = check_format(data, name)
+    if form == "JPEG":
+        _check_scans(data, name)
     try:
         if form == "HEIF":
             return _picture_from_heif(data, name, max_source_pixels)
@@ -119,12 +131,37 @@ def open_encoded(data: bytes, name: str, max_source_pixels: int) -> PIL.Image.Im
         if form not in Image.OPEN:
             Image.init()
         if form not in Image.OPEN:
-            raise ImageError(f"{name} is an {form} image; this Pillow cannot read it: upgrade it")
+            raise UnsupportedImageError(
+                f"{name} is an {form} image; this Pillow cannot read it: upgrade it"
+            )
         return Image.OPEN[form][0](_Whole(data), "")
     except ImageError:
         raise
     except (*_MALFORMED, Image.DecompressionBombError) as err:
         raise _damaged(name, form, err) from err
+
+
+def _check_scans(data: bytes, name: str) -> None:
+    """Raise TooLargeError for a JPEG of more scans than a progressive one has reason for.
+
+    Every scan goes over the whole picture, and one of nothing new takes a few bytes: 300 kB can
+    keep a processor busy for minutes.
+    """
+    scans, at = 0, 2
+    for _ in range(_MAX_SEGMENTS):
+        marker = _JPEG_MARKER.search(data, at)
+        if marker is None or marker[1] == b"\xd9":  # the end of the picture
+            return
+        scans += marker[1] == b"\xda"
+        if scans > _MAX_SCANS:
+            break
+        at = marker.end()
+        if marker[1] not in (b"\x01", b"\xd8"):  # these have no length
+            at += int.from_bytes(data[at : at + 2], "big")
+    raise TooLargeError(
+        f"{name} is a JPEG of too many parts (over {_MAX_SCANS} scans or {_MAX_SEGMENTS} "
+        "segments) to be decoded in good time; save it again"
+    )
 
 
 def _picture_from_heif(data: bytes, name: str, max_source_pixels: int) -> PIL.Image.Image:
@@ -134,7 +171,7 @@ def _picture_from_heif(data: bytes, name: str, max_source_pixels: int) -> PIL.Im
     try:
         import pillow_heif
     except ImportError as err:
-        raise ImageError(
+        raise UnsupportedImageError(
             f'{name} is a HEIC/HEIF image, which needs pillow-heif: pip install "qwen3vl-mlx[heif]"'
         ) from err
     heif = pillow_heif.open_heif(data)
@@ -143,12 +180,12 @@ def _picture_from_heif(data: bytes, name: str, max_source_pixels: int) -> PIL.Im
 
 
 def check_size(size: tuple[int, int], name: str, max_source_pixels: int) -> None:
-    """Raise ImageError unless a picture of `size` (width, height) may be decoded."""
+    """Raise TooLargeError or ImageError unless a picture of `size` (width, height) may be used."""
     width, height = size
     if width < 1 or height < 1:
         raise ImageError(f"{name} is {width}x{height}: it has no pixels; expected at least 1x1")
     if width * height > max_source_pixels:
-        raise ImageError(
+        raise TooLargeError(
             f"{name} is {width}x{height} = {width * height} pixels, over the limit of "
             f"{max_source_pixels}; scale it down, or raise max_source_pixels if you trust it"
         )

@@ -64,21 +64,25 @@ def test_usage(demo: Qwen3VL, scene: Image) -> None:
 
 
 @pytest.mark.parametrize(
-    ("stop", "text"),
+    ("stop", "text", "found"),
     [
-        (" with", "A blue background"),
-        (["zebra", " star", "purple"], "A blue background with a "),
-        ("A", ""),
-        (["zebra"], TRUTH),
-        ("bottom. And more", TRUTH),  # held back to the end, then it comes out
-        ("bottom.", TRUTH.removesuffix("bottom.")),
+        (" with", "A blue background", " with"),
+        (["zebra", " star", "purple"], "A blue background with a ", "purple"),
+        ("A", "", "A"),
+        (["zebra"], TRUTH, None),
+        ("bottom. And more", TRUTH, None),  # held back to the end, then it comes out
+        ("bottom.", TRUTH.removesuffix("bottom."), "bottom."),
     ],
 )
-def test_stop_strings(demo: Qwen3VL, scene: Image, stop: str | list[str], text: str) -> None:
+def test_stop_strings(
+    demo: Qwen3VL, scene: Image, stop: str | list[str], text: str, found: str | None
+) -> None:
     done = demo.generate(QUESTION, images=[scene], stop=stop)
-    assert (done.text, done.finish_reason) == (text, "stop")
-    streamed = "".join(chunk.text for chunk in demo.stream(QUESTION, images=[scene], stop=stop))
-    assert streamed == text
+    assert (done.text, done.finish_reason, done.stop) == (text, "stop", found)
+    *pieces, last = demo.stream(QUESTION, images=[scene], stop=stop)
+    assert "".join(chunk.text for chunk in (*pieces, last)) == text
+    assert last.stop == found
+    assert all(chunk.stop is None for chunk in pieces)
 
 
 def test_max_tokens(demo: Qwen3VL, scene: Image) -> None:

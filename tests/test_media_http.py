@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
+import gzip
 import io
+import ipaddress
 import socket
+import ssl
+import subprocess
 import threading
 import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from urllib.parse import quote, unquote
 
 import numpy as np
 import pytest
+from offline import Network, only_loopback
 from PIL import Image
 
-from qwen3vl_mlx.errors import ImageError
+from qwen3vl_mlx import media_http
+from qwen3vl_mlx.errors import ImageError, TooLargeError, UnsupportedImageError
 from qwen3vl_mlx.media import load_image
+from qwen3vl_mlx.media_http import fetch, is_public
 
 PIXELS = np.random.default_rng(3).integers(0, 256, (40, 50, 3), dtype=np.uint8)
 
@@ -58,6 +67,12 @@ class Handler(BaseHTTPRequestHandler):
             time.sleep(pause)
         self.wfile.write(b"0\r\n\r\n")
 
+    def drip(self, first: bytes, piece: bytes) -> None:
+        self.wfile.write(first)
+        for _ in range(100):
+            self.wfile.write(piece)
+            time.sleep(0.02)
+
     def do_GET(self) -> None:
         try:
             self.route(self.path.partition("?")[0])
@@ -91,6 +106,20 @@ class Handler(BaseHTTPRequestHandler):
         elif path == "/silent":
             time.sleep(2)
             self.answer(PNG)
+        elif path == "/gzip":
+            self.answer(gzip.compress(bytes(10**7)), length=None)
+        elif path == "/slow-headers":
+            self.drip(b"HTTP/1.1 200 OK\r\nX-Long: ", b"a")
+        elif path == "/continue":
+            self.drip(b"", b"HTTP/1.1 100 Continue\r\n\r\n")
+        elif path == "/heavy-redirect":
+            self.send_response(302)
+            self.send_header("Location", "/a.png")
+            self.end_headers()
+            while True:
+                self.wfile.write(bytes(2**16))
+        elif path.startswith("/to/"):
+            self.redirect(unquote(path[4:]).replace("PORT", str(self.server.server_port)))
         elif path == "/trickle":
             self.stream(b"\x89", 40, 0.05)
         else:
@@ -177,3 +206,251 @@ def test_nobody_listens() -> None:
         port = closed.getsockname()[1]
     with pytest.raises(ImageError, match="could not be fetched"):
         load_image(f"http://127.0.0.1:{port}/a.png")
+
+
+# ---- public addresses only
+
+
+@pytest.fixture
+def network(monkeypatch: pytest.MonkeyPatch) -> Network:
+    names = {
+        "pictures.example": ["127.0.0.1"],
+        "other.example": ["127.0.0.1"],
+        "inside.example": ["127.0.0.2"],
+        "mixed.example": ["127.0.0.2", "::1", "127.0.0.1"],
+        "metadata.example": ["169.254.169.254"],
+    }
+    return only_loopback(monkeypatch, names)
+
+
+@pytest.fixture
+def public(server: str, network: Network, monkeypatch: pytest.MonkeyPatch) -> str:
+    """http://pictures.example, at 127.0.0.1, which counts as public here: and nothing else does."""
+    port = int(server.rpartition(":")[2])
+    monkeypatch.setattr(media_http, "is_public", lambda address: address == "127.0.0.1")
+    monkeypatch.setattr(media_http, "WEB_PORTS", (port,))
+    return f"http://pictures.example:{port}"
+
+
+def fetch_public(url: str, timeout: float = 5.0, max_redirects: int = 3) -> bytes:
+    return fetch(
+        url,
+        "the picture",
+        timeout=timeout,
+        max_bytes=10**6,
+        max_redirects=max_redirects,
+        public_only=True,
+    )
+
+
+@pytest.mark.parametrize(
+    ("addresses", "expected"),
+    [
+        ("8.8.8.8 93.184.216.34 1.1.1.1 172.32.0.1 100.128.0.1 2606:4700::1111 2a00:1450::5", True),
+        ("64:ff9b::8.8.8.8", True),
+        ("127.0.0.1 127.255.255.254 0.0.0.0 0.1.2.3 ::1 :: ::ffff:127.0.0.1 ::127.0.0.1", False),
+        ("10.0.0.1 172.16.0.1 172.31.255.255 192.168.1.1 100.64.0.1 100.127.255.255", False),
+        ("169.254.169.254 169.254.0.1 168.63.129.16 100.100.100.200 192.0.0.192", False),
+        ("fe80::1 fe80::1%1 fd00:ec2::254 fd20:ce::254 fc00::1 fec0::1", False),
+        ("224.0.0.1 239.255.255.250 ff02::1 240.0.0.1 255.255.255.255 198.18.0.1", False),
+        ("192.0.2.1 198.51.100.1 203.0.113.1 192.88.99.1 2001:db8::1 3fff::1", False),
+        ("::ffff:10.0.0.1 ::ffff:8.8.8.8 2002:7f00:1:: 2002:808:808:: 2001:0:7f00:1::", False),
+        ("64:ff9b::127.0.0.1 64:ff9b::10.0.0.1 64:ff9b::169.254.169.254 64:ff9b:1::1", False),
+    ],
+)
+def test_public_addresses(addresses: str, expected: bool) -> None:
+    for address in addresses.split():
+        assert is_public(address) is expected, address
+
+
+def test_only_global_unicast_addresses_are_public() -> None:
+    rng = np.random.default_rng(1)
+    for bits in rng.integers(0, 2**32, 2000, dtype=np.uint64):
+        v4 = ipaddress.IPv4Address(int(bits))
+        assert is_public(str(v4)) <= (v4.is_global and not v4.is_multicast and not v4.is_private)
+        v6 = ipaddress.IPv6Address(int(bits) << 96 | 1)
+        assert is_public(str(v6)) <= (v6.is_global and str(v6)[0] in "23")
+
+
+LOOPBACK = [
+    "127.0.0.1", "127.1", "127.0.1", "0x7f.1", "0x7f000001", "2130706433", "017700000001",
+    "0177.0.0.1", "0", "0.0.0.0", "[::1]", "[::]", "[::ffff:127.0.0.1]", "[::ffff:7f00:1]",
+    "[0:0:0:0:0:ffff:7f00:1]", "[64:ff9b::7f00:1]", "[2002:7f00:1::]", "[::1%251]", "127.0.0.1.",
+    "127\u30020\uff0e0\uff611", "%31%32%37.0.0.1", "\uff11\uff12\uff17.0.0.1",
+    "\u2460\u2461\u2466.0.0.1", "127.0.0.1:443", "127.0.0.1:80",
+]  # fmt: skip
+LOCAL = [
+    "localhost", "LocalHost", "localhost.", "a.localhost", "printer.local", "printer.local.",
+    "metadata.google.internal", "nas.home.arpa", "\uff4c\uff4f\uff43\uff41\uff4c\uff48ost",
+    "printer\u3002local", "metadata.example", "inside.example", "169.254.169.254", "10.0.0.1",
+    "192.168.0.1:443", "[fd00:ec2::254]", "[fe80::1%25lo]",
+]  # fmt: skip
+ODD = [
+    "me@pictures.example", "me:pw@127.0.0.1", "8.8.8.8@127.0.0.1", "pictures.example:22",
+    "pictures.example:8080", "127.0.0.1:6379", "pictures.example:0", "pictures.example:-1",
+    "8.8.8.8\\@127.0.0.1", "127.0.0.1#8.8.8.8", "a..b", "x" * 64, "[::1", "",
+    "pictures.example:80x", "pictures.example%0d%0aX: y", "pictures.example%00.example",
+    "pictures.example:99999999",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("host", [*LOOPBACK, *LOCAL, *ODD])
+def test_nobody_is_asked_for_what_is_not_public(host: str, network: Network) -> None:
+    for scheme in ("http", "https"):
+        with pytest.raises(ImageError):
+            fetch_public(f"{scheme}://{host}/a.png")
+    assert network.connected == []
+
+
+@pytest.mark.parametrize("host", LOCAL[:8])
+def test_names_of_the_local_network_are_not_even_resolved(host: str, network: Network) -> None:
+    with pytest.raises(ImageError, match="its host is of the local network"):
+        fetch_public(f"http://{host}/a.png")
+    assert network.resolved == []
+
+
+def test_a_public_address_is_connected_to_as_it_was_resolved(public: str, network: Network) -> None:
+    assert fetch_public(f"{public}/a.png") == PNG
+    assert network.resolved == ["pictures.example"]
+    assert network.connected == ["127.0.0.1"]
+
+
+def test_a_name_that_changes_between_check_and_use(
+    public: str, network: Network, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def judge(address: str) -> bool:  # the name leads elsewhere as soon as it was looked at
+        network.names["pictures.example"] = ["127.0.0.2"]
+        return address == "127.0.0.1"
+
+    monkeypatch.setattr(media_http, "is_public", judge)
+    assert fetch_public(f"{public}/a.png") == PNG
+    with pytest.raises(ImageError, match="private network"):
+        fetch_public(f"{public}/a.png")
+    assert network.connected == ["127.0.0.1"]
+
+
+def test_of_several_addresses_only_public_ones_are_tried(public: str, network: Network) -> None:
+    assert fetch_public(public.replace("pictures", "mixed") + "/a.png") == PNG
+    assert network.connected == ["127.0.0.1"]
+
+
+@pytest.mark.parametrize(
+    ("target", "says"),
+    [
+        ("http://inside.example:PORT/a.png", "this machine or a private network"),
+        ("//inside.example:PORT/a.png", "this machine or a private network"),
+        ("http://127.0.0.2:PORT/a.png", "this machine or a private network"),
+        ("https://[::1]:PORT/a.png", "this machine or a private network"),
+        ("http://metadata.example:PORT/latest/meta-data", "this machine or a private network"),
+        ("http://localhost:PORT/a.png", "local network"),
+        ("http://me@pictures.example:PORT/a.png", "user name"),
+        ("http://pictures.example:22/a.png", "its port is 22"),
+        ("http://pictures.example/a.png", "its port is 80"),
+        ("file:///etc/passwd", "something else than http"),
+        ("ftp://pictures.example:PORT/a.png", "unknown url type"),
+        ("gopher://pictures.example:PORT/_", "something else than http"),
+        ("data:image/png;base64,AAAA", "something else than http"),
+    ],
+)
+def test_every_redirection_is_checked(
+    target: str, says: str, public: str, network: Network
+) -> None:
+    for first in ("", "http://other.example:PORT/to/"):
+        network.connected.clear()
+        hop = first + (quote(target, safe="") if first else target)
+        with pytest.raises(ImageError, match=says):
+            fetch_public(f"{public}/to/{quote(hop, safe='')}")
+        assert set(network.connected) == {"127.0.0.1"}
+
+
+@pytest.mark.parametrize(("most", "hops"), [(0, 0), (1, 1), (3, 3)])
+def test_redirections_are_counted(most: int, hops: int, public: str) -> None:
+    direct = f"{public}/hops/{hops - 1}" if hops else f"{public}/a.png"
+    assert fetch_public(direct, max_redirects=most) == PNG
+    with pytest.raises(ImageError, match="redirects too often"):
+        fetch_public(f"{public}/hops/{hops}", max_redirects=most)
+
+
+def test_no_proxy_is_asked_on_behalf_of_public_addresses(
+    public: str, server: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("http_proxy", "https_proxy", "all_proxy"):
+        monkeypatch.setenv(name, server.replace("127.0.0.1", "127.0.0.3"))
+    monkeypatch.delenv("no_proxy")
+    assert fetch_public(f"{public}/a.png") == PNG
+
+
+# ---- bounds
+
+
+@pytest.mark.parametrize("path", ["/silent", "/trickle", "/slow-headers", "/continue"])
+def test_the_whole_download_has_one_deadline(path: str, server: str, public: str) -> None:
+    start = time.monotonic()
+    for url in (server, public):
+        with pytest.raises(ImageError, match=r"timed out after 0.3 s"):
+            fetch(url + path, "it", timeout=0.3, max_bytes=100, public_only=url == public)
+    assert time.monotonic() - start < 1.5
+
+
+@pytest.mark.parametrize("path", ["/silent", "/trickle", "/slow-headers"])
+def test_a_download_ends_when_nobody_wants_it(path: str, public: str) -> None:
+    start = time.monotonic()
+    with pytest.raises(ImageError, match="nobody waits"):
+        fetch(
+            public + path,
+            "it",
+            timeout=10,
+            max_bytes=100,
+            public_only=True,
+            wanted=lambda: time.monotonic() < start + 0.1,
+        )
+    assert time.monotonic() - start < 1.0
+
+
+def test_what_comes_before_the_picture_is_bounded_too(public: str) -> None:
+    with pytest.raises(TooLargeError, match="too much that is no picture"):
+        fetch_public(f"{public}/heavy-redirect", timeout=20)
+
+
+def test_limits_have_an_error_of_their_own(server: str) -> None:
+    for path in ("/announced", "/endless"):
+        with pytest.raises(TooLargeError):
+            load_image(server + path, max_bytes=10**5)
+    for path in ("/page", "/gzip"):  # what is compressed stays so
+        with pytest.raises(UnsupportedImageError):
+            load_image(server + path)
+
+
+def test_certificates_are_for_the_name_in_the_url(
+    tmp_path: Path, network: Network, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    key, cert = tmp_path / "key.pem", tmp_path / "cert.pem"
+    try:
+        subprocess.run(
+            ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256",
+             "-nodes", "-keyout", key, "-out", cert, "-days", "2", "-subj", "/CN=pictures.example",
+             "-addext", "subjectAltName=DNS:pictures.example"],
+            check=True, capture_output=True,
+        )  # fmt: skip
+    except (FileNotFoundError, subprocess.CalledProcessError):
+        pytest.skip("needs openssl to make a certificate")
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(cert, key)
+    httpd = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    httpd.socket = context.wrap_socket(httpd.socket, server_side=True)
+    thread = threading.Thread(target=httpd.serve_forever, kwargs={"poll_interval": 0.01})
+    thread.start()
+    monkeypatch.setenv("SSL_CERT_FILE", str(cert))
+    monkeypatch.setattr(media_http, "is_public", lambda address: address == "127.0.0.1")
+    monkeypatch.setattr(media_http, "WEB_PORTS", (httpd.server_port,))
+    try:
+        for path in ("a.png", "chunked", "hops/1"):
+            assert fetch_public(f"https://pictures.example:{httpd.server_port}/{path}") == PNG
+        with pytest.raises(ImageError, match="CERTIFICATE_VERIFY_FAILED"):
+            fetch_public(f"https://other.example:{httpd.server_port}/a.png")
+        with pytest.raises(ImageError, match="timed out"):
+            fetch_public(f"https://pictures.example:{httpd.server_port}/silent", timeout=0.3)
+    finally:
+        httpd.shutdown()
+        thread.join()
+        httpd.server_close()

@@ -272,10 +272,10 @@ def test_collect_joins_a_stream() -> None:
         Chunk(text="c"),
         Chunk(tool_calls=(tool,)),
         Chunk(text="d"),
-        Chunk(finish_reason="stop", usage=USAGE, reasoning_closed=False),
+        Chunk(finish_reason="stop", usage=USAGE, stop="e", reasoning_closed=False),
     ]
     whole = collect(iter(chunks))
-    assert whole == Completion("cd", "ab", (tool,), "stop", USAGE, reasoning_closed=False)
+    assert whole == Completion("cd", "ab", (tool,), "stop", USAGE, "e", reasoning_closed=False)
     plain = json.loads(json.dumps(whole.to_dict()))
     assert plain["text"] == "cd"
     assert plain["tool_calls"][0]["name"] == "weather"

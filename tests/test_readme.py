@@ -1,4 +1,4 @@
-"""README.md is executed: its shell lines, its Python, and the transcript it shows."""
+"""The READMEs are executed: their shell lines, their Python, and the transcript one shows."""
 
 from __future__ import annotations
 
@@ -6,24 +6,36 @@ import os
 import re
 import subprocess
 import sys
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-BLOCK = re.compile(r"(<!-- needs: \w+ -->\n)?```(sh|python)\n(.*?)```", re.DOTALL)
-BLOCKS = BLOCK.findall(README)
-
-# The set-up commands make environments: CI runs them on their own.
-SHELL = [
-    line
-    for needs, language, text in BLOCKS
-    if language == "sh" and not needs
-    for line in text.splitlines()
-    if not line.startswith("python3 -m venv")
+DETAILS = [ROOT / "qwen3vl_mlx" / part / "README.md" for part in ("quant", "server")]
+BLOCK = re.compile(r"(?:<!-- needs: (\w+) -->\n)?```(sh|python)\n(.*?)```", re.DOTALL)
+BLOCKS = [
+    block
+    for text in (README, *(path.read_text(encoding="utf-8") for path in DETAILS))
+    for block in BLOCK.findall(text)
 ]
-PYTHON = [text for needs, language, text in BLOCKS if language == "python" and not needs]
+
+
+def shell_lines(wanted: str) -> list[str]:
+    """Lines of the shell blocks that need `wanted`."""
+    return [
+        line
+        for needs, language, text in BLOCKS
+        if language == "sh" and needs == wanted
+        for line in text.splitlines()
+        if not line.startswith("python3 -m venv")  # CI runs the set-up commands on their own
+    ]
+
+
+def python_blocks(wanted: str) -> list[str]:
+    return [text for needs, language, text in BLOCKS if language == "python" and needs == wanted]
 
 
 @pytest.fixture(scope="module")
@@ -47,14 +59,52 @@ def run(command: list[str], place: Path) -> subprocess.CompletedProcess[str]:
     )
 
 
-@pytest.mark.parametrize("line", SHELL)
+@pytest.fixture(scope="module")
+def server(place: Path) -> Iterator[str]:
+    """Where the server that the examples talk to listens: `localhost:PORT`."""
+    pytest.importorskip("fastapi")
+    options = ["--model", "demo", "--port", "0", "--enable-re-isq", "--image-root", str(ROOT)]
+    command = [sys.executable, "-m", "qwen3vl_mlx.server", *options]
+    with subprocess.Popen(command, cwd=place, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        said = ""
+        while not (found := re.search(r"http://(?:127\.0\.0\.1|localhost):(\d+)", said)):
+            line = process.stderr.readline()
+            assert line, said
+            said += line
+        address = f"localhost:{found[1]}"
+        for _ in range(300):
+            if '"ready"' in run(["curl", "-s", f"{address}/health"], place).stdout:
+                break
+            time.sleep(0.1)
+        yield address
+        process.terminate()
+        process.communicate(timeout=60)
+
+
+@pytest.mark.parametrize("line", shell_lines(""))
 def test_shell_lines_work_as_written(line: str, place: Path) -> None:
     done = run(["bash", "-c", line], place)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip()
 
 
-@pytest.mark.parametrize("text", PYTHON)
+@pytest.mark.parametrize("line", shell_lines("server"))
+def test_the_server_answers_curl_as_written(line: str, server: str, place: Path) -> None:
+    done = run(["bash", "-c", line.replace("localhost:1234", server)], place)
+    assert done.returncode == 0, done.stderr + done.stdout
+    assert done.stdout.strip()
+
+
+@pytest.mark.parametrize("text", python_blocks("server"))
+def test_the_server_answers_clients_as_written(text: str, server: str, place: Path) -> None:
+    pytest.importorskip("openai")
+    done = run([sys.executable, "-c", text.replace("localhost:1234", server)], place)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout.split()[-1]) > 0
+
+
+@pytest.mark.parametrize("text", python_blocks(""))
 def test_python_works_as_written(text: str, place: Path) -> None:
     done = run([sys.executable, "-c", text], place)
     assert done.returncode == 0, done.stderr

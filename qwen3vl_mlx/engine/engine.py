@@ -183,6 +183,11 @@ class Engine:
         return future.result()
 
     @property
+    def closed(self) -> bool:
+        """Whether it answers no more: closed, or failed."""
+        return self._closed
+
+    @property
     def busy(self) -> bool:
         """Whether any request has not ended."""
         return bool(self._inbox) or self._submitted > self.scheduler.counts.ended

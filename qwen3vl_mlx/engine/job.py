@@ -204,7 +204,7 @@ class Job:
         """The last chunks; the very last has the reason and the numbers."""
         row, ended = self.row, time.perf_counter()
         chunks = self.text.flush()
-        if self.text.found_stop:  # a stop string that ended only with the last character
+        if self.text.stop is not None:  # a stop string that ended only with the last character
             reason = "stop"
         usage = make_usage(
             prompt=len(self.request.prompt.token_ids),
@@ -218,5 +218,10 @@ class Job:
             accepted=row.accepted if row is not None else 0,
             steps=row.steps if row is not None else 0,
         )
-        closed = self.text.parser.reasoning_closed
-        return [*chunks, Chunk(finish_reason=reason, usage=usage, reasoning_closed=closed)]
+        last = Chunk(
+            finish_reason=reason,
+            stop=self.text.stop,
+            usage=usage,
+            reasoning_closed=self.text.parser.reasoning_closed,
+        )
+        return [*chunks, last]

@@ -100,7 +100,8 @@ def make_usage(
 class Chunk:
     """A piece of a streamed answer; the last one has `finish_reason` and `usage`.
 
-    `reasoning_closed` is False on the last chunk of an answer cut off while still thinking.
+    There `stop` is the stop string that ended the answer, if one did, and `reasoning_closed` is
+    False where it was cut off while still thinking.
     """
 
     text: str = ""
@@ -108,6 +109,7 @@ class Chunk:
     tool_calls: tuple[ToolCall, ...] = ()
     finish_reason: FinishReason | None = None
     usage: Usage | None = None
+    stop: str | None = None
     reasoning_closed: bool = True
     logprobs: tuple[TokenLogprob, ...] = ()
 
@@ -121,6 +123,7 @@ class Completion:
     tool_calls: tuple[ToolCall, ...]
     finish_reason: FinishReason
     usage: Usage
+    stop: str | None = None
     reasoning_closed: bool = True
     logprobs: tuple[TokenLogprob, ...] = ()
     alternatives: tuple[Completion, ...] = ()  # the other answers, where several were asked for
@@ -142,6 +145,7 @@ def collect(chunks: Iterable[Chunk]) -> Completion:
         tool_calls=tuple(call for chunk in parts for call in chunk.tool_calls),
         finish_reason=last.finish_reason,
         usage=last.usage,
+        stop=last.stop,
         reasoning_closed=last.reasoning_closed,
         logprobs=tuple(entry for chunk in parts for entry in chunk.logprobs),
     )

@@ -19,21 +19,21 @@ class TextStream:
         self.decoder = StreamingDecoder(tokenizer)
         self.stops = Scanner(request.params.stop)
         self.parser = OutputParser(thinking=request.thinking, tools=request.tools)
-        self.found_stop = False
+        self.stop: str | None = None  # the stop string that was found
         self.found_eos = False
         self.complete = False  # a grammar is satisfied, and only an end token could follow
         self.logprobs: list[TokenLogprob] = []  # of tokens whose text has not come out yet
 
     @property
     def ended(self) -> bool:
-        return self.found_stop or self.found_eos or self.complete
+        return self.stop is not None or self.found_eos or self.complete
 
     @property
     def finish_reason(self) -> FinishReason:
         """Why the text ended, as far as the text can tell."""
         if not self.ended:
             return "length"
-        return "tool_calls" if self.parser.calls and not self.found_stop else "stop"
+        return "tool_calls" if self.parser.calls and self.stop is None else "stop"
 
     def push(self, token: int, logprob: TokenLogprob | None = None) -> list[Chunk]:
         if token in self.request.eos_token_ids and not self.request.params.ignore_eos:
@@ -46,18 +46,17 @@ class TextStream:
     def flush(self) -> list[Chunk]:
         """What was held back, when no more tokens come."""
         chunks: list[Chunk] = []
-        if not self.found_stop:
+        if self.stop is None:
             chunks += self._text(self.decoder.flush())
-        if not self.found_stop:
+        if self.stop is None:
             chunks += self.parser.push(self.stops.flush())
         chunks += self.parser.flush()
-        if self.logprobs and not self.found_stop and not chunks:
+        if self.logprobs and self.stop is None and not chunks:
             chunks = [Chunk()]
         return self._with_logprobs(chunks)
 
     def _text(self, text: str) -> list[Chunk]:
-        ready, stop, _ = self.stops.push(text)
-        self.found_stop = stop is not None
+        ready, self.stop, _ = self.stops.push(text)
         return self.parser.push(ready)
 
     def _with_logprobs(self, chunks: Iterable[Chunk]) -> list[Chunk]:

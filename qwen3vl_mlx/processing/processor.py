@@ -25,6 +25,7 @@ from qwen3vl_mlx.processing.image import (
 from qwen3vl_mlx.processing.prompt import Prompt
 from qwen3vl_mlx.processing.template import ChatTemplate, part_kind
 from qwen3vl_mlx.processing.tokenizer import Tokenizer
+from qwen3vl_mlx.processing.tool_results import results_in_order
 from qwen3vl_mlx.processing.video import DEFAULT_FPS, Video
 
 Messages: TypeAlias = Sequence[Mapping[str, Any]]
@@ -90,6 +91,7 @@ class Processor:
         list of frames, or a `Video`, under `video`, with `fps` beside it.
         Raises PromptError or ImageError naming what is wrong.
         """
+        messages = results_in_order(messages)
         rendered = self.template.render(
             messages,
             tools=tools,
