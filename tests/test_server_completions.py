@@ -15,18 +15,21 @@ from hypothesis import strategies as st
 from law import INPUTS
 
 pytest.importorskip("fastapi")
-openai = pytest.importorskip("openai")
+pytest.importorskip("openai")
 
+import openai
 from live import Live, live_server
 
 import qwen3vl_mlx
 from qwen3vl_mlx.api import Qwen3VL
 from qwen3vl_mlx.engine.full_pass import prompt_logprobs
 from qwen3vl_mlx.engine.logprobs import TokenLogprob, TopLogprob
+from qwen3vl_mlx.errors import InputError
 from qwen3vl_mlx.processing.tokenizer import Tokenizer
 from qwen3vl_mlx.server.completion_fields import CompletionFields
 from qwen3vl_mlx.server.completion_logprobs import LegacyLogprobs, prompt_lists, token_name
 from qwen3vl_mlx.server.completions import _laid_out
+from qwen3vl_mlx.server.errors import ApiError
 from qwen3vl_mlx.server.options import ServerOptions
 
 DEMO = Path(qwen3vl_mlx.__file__).parent / "demo" / "checkpoint"
@@ -113,6 +116,15 @@ def test_several_prompts_have_n_answers_each_in_order(client: Any) -> None:
     assert done.usage.prompt_tokens == sum(len(TOKENIZER.encode(prompt)) for prompt in prompts)
 
 
+def test_what_was_read_before_is_cached_once_for_all_answers(client: Any, demo: Qwen3VL) -> None:
+    demo.engine.clear_caches()
+    asked = {"prompt": [SUM, "A red star"], "n": 3, "max_tokens": 2, **DRAWN}
+    client.completions.create(**asked)
+    again = client.completions.create(**asked).usage
+    assert again.prompt_tokens_details.cached_tokens == again.prompt_tokens - 2
+    assert again.completion_tokens == 12
+
+
 def test_an_answer_has_sixteen_tokens_unless_asked_otherwise(client: Any) -> None:
     more = {"extra_body": {"ignore_eos": True}}
     done = client.completions.create(prompt="A red", **GREEDY, **more)
@@ -125,17 +137,32 @@ def test_stop_strings_are_named(client: Any) -> None:
     assert (done.choices[0].finish_reason, done.choices[0].stop_reason) == ("stop", " ")
 
 
-def test_a_prompt_that_is_too_long_loses_its_beginning(client: Any, demo: Qwen3VL) -> None:
-    context = demo.context_length
-    ids = [50 + i % 26 for i in range(context + 100)]
-    asked: dict[str, Any] = {"prompt": ids, "max_tokens": 3, "echo": True, **GREEDY}
+def test_a_prompt_that_is_too_long_is_refused(client: Any, demo: Qwen3VL) -> None:
     with pytest.raises(openai.BadRequestError, match="truncate_sequence") as refused:
-        client.completions.create(**asked)
+        client.completions.create(prompt=[50] * demo.context_length, **GREEDY)
     assert refused.value.code == "context_length_exceeded"
-    done = client.completions.create(**asked, extra_body={"truncate_sequence": True})
-    kept = ids[-(context - 3) :]
-    assert done.usage.prompt_tokens == len(kept)
-    assert texts(done)[0].startswith(TOKENIZER.decode(kept))
+
+
+@pytest.mark.parametrize(("room", "kept"), [(3, -3), (1, -1), (5000, -512)])
+def test_or_it_loses_its_beginning(demo: Qwen3VL, room: int, kept: int) -> None:
+    """What is kept leaves room for the answer, but no more than a quarter of the context."""
+    ids = [50 + i % 26 for i in range(demo.context_length + 100)]
+    fields = CompletionFields(prompt=ids, max_tokens=room, truncate_sequence=True)
+    request = _laid_out(demo, ids, fields, ServerOptions(), 0.0)
+    assert request.prompt.token_ids.tolist() == ids[-(demo.context_length + kept) :]
+    assert request.max_tokens == -kept
+
+
+@pytest.mark.parametrize("asked", [True, False, None])
+def test_the_server_may_cut_by_itself(demo: Qwen3VL, asked: bool | None) -> None:
+    ids = [50] * 3000
+    fields = CompletionFields(prompt=ids, truncate_sequence=asked)
+    options = ServerOptions(truncate=True)
+    if asked is False:
+        with pytest.raises(ApiError):
+            _laid_out(demo, ids, fields, options, 0.0)
+    else:
+        _laid_out(demo, ids, fields, options, 0.0)
 
 
 def test_a_form_holds_here_too(client: Any) -> None:
@@ -253,6 +280,18 @@ def test_scores_are_those_of_the_whole_pass_however_it_is_cut(
     np.testing.assert_allclose(chosen, expected[np.arange(len(ids)), ids], atol=1e-4)
     tops = [[top.logprob for top in score.top] for score in scores]
     np.testing.assert_allclose(tops, np.sort(expected)[:, :-4:-1], atol=1e-4)
+
+
+def test_a_prompt_that_can_never_fit_is_not_scored(
+    demo: Qwen3VL, serve: Callable[..., Qwen3VL]
+) -> None:
+    short, long = (demo.processor.layout([50] * length, ()) for length in (20, 2000))
+    admission = demo.engine.scheduler.admission
+    enough = admission.weights + admission.reserved + admission.cost(short, 1).total
+    tight = serve(memory_limit=enough)
+    assert list(prompt_logprobs(tight.engine, tight.model, short, TOKENIZER, 0))
+    with pytest.raises(InputError, match="GiB"):
+        list(prompt_logprobs(tight.engine, tight.model, long, TOKENIZER, 0))
 
 
 @given(st.text(st.characters(codec="utf-8")), st.text(st.characters(codec="utf-8"), min_size=1))

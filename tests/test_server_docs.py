@@ -13,11 +13,14 @@ pytest.importorskip("fastapi")
 pytest.importorskip("fastapi_offline")
 
 import httpx
+from fastapi.testclient import TestClient
 from live import Live, live_server
 
 from qwen3vl_mlx import load
+from qwen3vl_mlx.server.app import create_app
 from qwen3vl_mlx.server.docs import EXAMPLES
 from qwen3vl_mlx.server.options import ServerOptions
+from qwen3vl_mlx.server.start import new_serving
 
 CHROMIUM = shutil.which("chromium")
 in_browser = pytest.mark.skipif(CHROMIUM is None, reason="Debian's chromium is not installed")
@@ -85,8 +88,13 @@ def test_failures_are_described_as_they_are(live: Live, openapi: dict[str, Any])
     assert "HTTPValidationError" not in str(openapi)
 
 
-def test_keys_are_described_where_they_are_asked_for(openapi: dict[str, Any]) -> None:
-    assert "security" not in openapi
+@pytest.mark.parametrize("keys", [(), ("one",)])
+def test_keys_are_described_where_they_are_asked_for(keys: tuple[str, ...]) -> None:
+    options = ServerOptions(api_keys=keys)
+    app = create_app(new_serving(lambda: pytest.fail("not needed"), "none", options))
+    document = TestClient(app, base_url="http://localhost").get("/openapi.json").json()
+    assert ("security" in document) == bool(keys)
+    assert ("securitySchemes" in document["components"]) == bool(keys)
 
 
 # In a browser

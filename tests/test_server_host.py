@@ -21,8 +21,10 @@ pytest.importorskip("fastapi", reason="the server is an extra")
 
 from asking import SCENES
 
-from qwen3vl_mlx.api import load
+from qwen3vl_mlx.api import Qwen3VL, load
 from qwen3vl_mlx.errors import CheckpointError, HubError
+from qwen3vl_mlx.quant.recipes import preset_name
+from qwen3vl_mlx.saving import live_assignment
 from qwen3vl_mlx.server.errors import ApiError
 from qwen3vl_mlx.server.host import ModelHost
 from qwen3vl_mlx.server.lease import Lease
@@ -410,18 +412,27 @@ def test_what_has_begun_is_finished_before_others_go_on() -> None:
     asyncio.run(main())
 
 
-def test_the_live_model_is_requantized() -> None:
+def test_the_live_model_is_requantized_and_stays_so() -> None:
+    def requantize(model: Qwen3VL) -> None:
+        model.requantize("4bit")
+
     async def main() -> None:
-        async with hosting(partial(load, "demo")) as host:
+        async with hosting(partial(load, "demo"), idle_unload_sec=0.2) as host:
             async with host.exclusive() as model:
                 before = mx.get_active_memory()
-                await host.run(partial(model.requantize, "4bit"))
+                await host.run(partial(requantize, model))
                 assert mx.get_active_memory() < before - 1_000_000
             del model
-            lease = await host.lease()
-            answer = await asyncio.to_thread(lease.model.generate, "Hello", max_tokens=3)
-            assert answer.usage.completion_tokens <= 3
-            lease.release()
+            host.after_load(requantize)
+            for _ in range(2):
+                lease = await host.lease()
+                assignment = live_assignment(lease.model.model)
+                assert assignment is not None
+                assert preset_name(assignment.default) == "4bit"
+                answer = await asyncio.to_thread(lease.model.generate, "Hello", max_tokens=3)
+                assert answer.usage.completion_tokens > 0
+                lease.release()
+                await state(host, "unloaded")
 
     asyncio.run(main())
 

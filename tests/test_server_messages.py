@@ -257,6 +257,27 @@ def test_a_tool_round_trip_with_a_picture(
     assert sum(tokens_read(second)) == answer.usage.prompt_tokens
 
 
+def test_the_tool_runner(client: Any, demo: Qwen3VL, monkeypatch: pytest.MonkeyPatch) -> None:
+    looked = []
+
+    @anthropic.beta_tool
+    def zoom(x: int) -> str:
+        """Looks closer."""
+        looked.append(x)
+        return "a star"
+
+    asked = asking(text("Look closer."), tools=[zoom])
+    script(monkeypatch, demo, CALL)
+    replies = []
+    for reply in client.beta.messages.tool_runner(**asked):
+        script(monkeypatch, demo, "I see a star.")
+        replies.append(reply)
+    assert looked == [5]
+    assert [reply.stop_reason for reply in replies] == ["tool_use", "end_turn"]
+    assert replies[1].content[0].text == "I see a star."
+    assert sum(tokens_read(replies[1])) > sum(tokens_read(replies[0]))  # all of it was sent again
+
+
 def test_tool_choice_binds(client: Any) -> None:
     pytest.importorskip("llguidance")
     schema = {"type": "object", "properties": {"x": {"enum": [5, 6]}}, "required": ["x"]}
@@ -317,7 +338,7 @@ def test_thoughts(thinker: tuple[Qwen3VL, Live], monkeypatch: pytest.MonkeyPatch
         ).token_ids
     )
     silent = client.messages.create(**{**asked, "thinking": {"type": "disabled"}})
-    assert "".join(getattr(block, "thinking", "").strip() for block in silent.content) == ""
+    assert all(block.type == "text" or not block.thinking.strip() for block in silent.content)
 
 
 # Counting.
@@ -330,6 +351,16 @@ def test_tokens_are_counted_as_they_are_read(client: Any, scene: Image) -> None:
     count = client.messages.count_tokens(**asked).input_tokens
     assert count == sum(tokens_read(reply))
     assert client.messages.count_tokens(**asked, tool_choice={"type": "none"}).input_tokens < count
+
+
+def test_what_fills_the_context_is_counted_and_refused(client: Any, demo: Qwen3VL) -> None:
+    asked = asking(text("on and " * 2000))
+    with pytest.raises(anthropic.BadRequestError, match="context") as caught:
+        client.messages.create(**asked)
+    assert caught.value.type == "invalid_request_error"
+    del asked["max_tokens"]
+    count = client.messages.count_tokens(**asked).input_tokens
+    assert count > demo.asking.context_length
 
 
 # Refusals.

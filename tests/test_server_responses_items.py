@@ -97,7 +97,10 @@ def messages_of(items: str | list[dict[str, Any]]) -> list[dict[str, Any]]:
         ([{"type": "message", **USER, "id": None, "status": None}], [chat("user", "Hi")]),
         ([message("developer", "Be brief.")], [chat("developer", "Be brief.")]),
         (shown(image_url=URL, detail="low"), [chat("user", image("low"))]),
-        (shown(image_url={"url": URL, "detail": "original"}), [chat("user", image("high"))]),
+        (
+            shown(image_url={"url": URL, "detail": "original"}),
+            [chat("user", image("original"))],
+        ),
         (shown(image_url=URL, max_pixels=9), [chat("user", image(max_pixels=9))]),
         (
             [message("user", [{"type": "input_text", "text": "?"}, PIXELS])],

@@ -31,12 +31,15 @@ SOON_SEC = 20.0  # for what should take one or two, on a machine that is busy
 
 # A server of small routes, on the command line: how to load, and seconds for late answers.
 SCRIPT = """
-import asyncio, resource, sys, time
+import asyncio, resource, sys
+from contextlib import suppress
 from types import SimpleNamespace
 
 import mlx.core as mx
-from fastapi import FastAPI
-from fastapi.responses import StreamingResponse
+from starlette.applications import Starlette
+from starlette.requests import ClientDisconnect
+from starlette.responses import JSONResponse, StreamingResponse
+from starlette.routing import Route
 
 from qwen3vl_mlx import cli, load
 from qwen3vl_mlx.errors import CheckpointError
@@ -62,7 +65,7 @@ class Answers:
     def end(self):
         self.ended = True
 
-app, way, seconds, port = FastAPI(), sys.argv[1], float(sys.argv[2]), int(sys.argv[3])
+way, seconds, port = sys.argv[1], float(sys.argv[2]), int(sys.argv[3])
 host = ModelHost(globals()[way], ["tiny"])
 run._LAST_WORDS_SEC, run._ABORT_SEC, run._LOAD_SEC = 0.5, 0.2, 0.2
 
@@ -79,19 +82,22 @@ async def ticks(count, size):
     finally:
         host.shut(answers)
 
-@app.get("/ticks")
-async def stream(count: int, size: int = 0):
-    return StreamingResponse(ticks(count, size))
+async def stream(request):
+    query = request.query_params
+    return StreamingResponse(ticks(int(query["count"]), int(query.get("size", 0))))
 
-@app.get("/stuck")
-async def stuck():
+async def stuck(request):
     print("stuck", file=sys.stderr, flush=True)
     await asyncio.sleep(1000)
 
-@app.get("/state")
-async def state():
-    return [host.status().state, resource.getrlimit(resource.RLIMIT_NOFILE)[0]]
+async def state(request):
+    with suppress(ClientDisconnect):
+        await request.body()
+    return JSONResponse([host.status().state, resource.getrlimit(resource.RLIMIT_NOFILE)[0]])
 
+app = Starlette(routes=[
+    Route("/ticks", stream), Route("/stuck", stuck), Route("/state", state, methods=["GET", "POST"])
+])
 options = SimpleNamespace(host="127.0.0.1", port=port, shutdown_sec=seconds)
 serving = SimpleNamespace(options=options, host=host)
 sys.exit(cli.run(lambda: run.serve(app, serving)))

@@ -113,6 +113,16 @@ def test_video_placeholder_comes_through() -> None:
     assert "user\n<|vision_start|><|video_pad|><|vision_end|>When?<|im_end|>" in prompt.text
 
 
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_pictures_of_the_assistant_stand_where_they_were_said(variant: str) -> None:
+    said = assistant([text_part("A<|image_pad|>"), IMAGE, text_part("B"), VIDEO])
+    prompt = template(variant).render([user("Draw."), said, user("And?")])
+    video = VISION.replace("image", "video")
+    assert f"<|im_start|>assistant\nA<|image_pad|>{VISION}B{video}<|im_end|>" in prompt.text
+    assert "".join(prompt.pieces).count("<|image_pad|>") == 2
+    assert sum(piece.count("<|image_pad|>") for piece in prompt.pieces) == 1
+
+
 EQUIVALENT: dict[str, tuple[list[Message], list[Message]]] = {
     "image_url": (
         [user({"type": "image_url", "image_url": {"url": "data:,AAAA"}}, text_part("A"))],

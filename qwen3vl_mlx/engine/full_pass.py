@@ -15,6 +15,7 @@ from qwen3vl_mlx.engine.engine import Engine
 from qwen3vl_mlx.engine.logprobs import TokenLogprob, chosen_logprobs, to_host
 from qwen3vl_mlx.engine.prefill import Prefill
 from qwen3vl_mlx.engine.vision import Encoding
+from qwen3vl_mlx.errors import InputError
 from qwen3vl_mlx.models.qwen3_vl import Model
 from qwen3vl_mlx.models.vision import VisionFeatures
 from qwen3vl_mlx.processing.prompt import Prompt
@@ -61,8 +62,13 @@ def prompt_logprobs(
 def _passes(
     engine: Engine, model: Model, prompt: Prompt, use: Callable[[mx.array, int], Result]
 ) -> Iterator[Result]:
-    """`use(logits (n, vocab_size), first position)`, on the engine's thread, chunk by chunk."""
-    chunk = engine.options.interleave
+    """`use(logits (n, vocab_size), first position)`, on the engine's thread, chunk by chunk.
+
+    Raises InputError for what can never fit in memory.
+    """
+    chunk, admission = engine.options.interleave, engine.scheduler.admission
+    if problem := admission.refuse(admission.cost(prompt, 1)):
+        raise InputError(problem)
     layers = kv_cache.new_layers(model.config.text)
     prefill = Prefill(model, prompt, layers)
     if prefill.media:

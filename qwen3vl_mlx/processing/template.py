@@ -17,6 +17,7 @@ import jinja2
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from qwen3vl_mlx.errors import CheckpointError, PromptError
+from qwen3vl_mlx.processing.assistant_media import media_as_text
 from qwen3vl_mlx.processing.tokenizer import (
     Tokenizer,
     absent_character,
@@ -121,14 +122,14 @@ class ChatTemplate:
             conversation = normalize_messages(messages)
             schemas = _checked_tools(tools)
             mark = absent_character([self._source, *_strings([conversation, schemas])])
-            conversation = [self._guard(message, mark) for message in conversation]
+            guarded = [media_as_text(self._guard(message, mark)) for message in conversation]
             schemas = _map_strings(schemas, self._special_cutter(mark))
         except RecursionError as error:
             raise PromptError("messages or tools are nested too deeply; flatten them") from error
-        self._check_system_place(conversation)
+        self._check_system_place(guarded)
         try:
             rendered = self._template.render(
-                messages=conversation,
+                messages=guarded,
                 tools=schemas or None,
                 add_generation_prompt=add_generation_prompt,
                 add_vision_id=add_vision_id,

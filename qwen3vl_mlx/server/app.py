@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Sequence
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -33,6 +34,8 @@ _log = logging.getLogger(__name__)
 _CLIENT_GONE = 499  # nginx's; nobody reads it but the log
 
 _PLACES = ("body", "query", "path", "header")  # where FastAPI says a field is
+_SHAPE = re.compile(r"(str|int|float|bool|none|[A-Z]\w*|(list|dict|literal|tuple)\[.*)", re.DOTALL)
+_LONGEST_NAME = 200
 
 
 def create_app(serving: Serving) -> FastAPI:
@@ -84,10 +87,21 @@ def _http_failed(request: Request, error: Exception) -> Response:
 def _misshapen(request: Request, error: Exception) -> Response:
     """422: the first field that has not the shape it must have."""
     assert isinstance(error, RequestValidationError)
-    first = error.errors()[0]
-    place = [part for part in first["loc"] if part not in _PLACES]
-    param = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in place)
-    param = param.lstrip(".")[:200]
-    message = f"{param or 'the body'}: {first['msg']}"
-    failure = ApiError(422, message, param=param or None, code="invalid_type")
+    faults = [(_field(fault["loc"]), str(fault["msg"])) for fault in error.errors()]
+    field = faults[0][0]
+    # A field that takes several shapes has one fault for each.
+    wrong = " or ".join(dict.fromkeys(message for place, message in faults if place == field))
+    failure = ApiError(
+        422, f"{field or 'the body'}: {wrong}", param=field or None, code="invalid_type"
+    )
     return error_reply(request.url.path, failure)
+
+
+def _field(place: Sequence[str | int]) -> str:
+    """`messages[0].content` of pydantic's place, up to where it names one of several shapes."""
+    name = ""
+    for part in place[1:] if place[:1] and place[0] in _PLACES else place:
+        if isinstance(part, str) and _SHAPE.fullmatch(part):
+            break
+        name += f"[{part}]" if isinstance(part, int) else f".{part}"
+    return name.lstrip(".")[:_LONGEST_NAME]

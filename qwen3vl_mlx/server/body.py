@@ -28,6 +28,7 @@ class JsonRequest(Request):
         if self._parsed is None:
             depth = self.app.state.serving.options.max_json_depth
             self._parsed = parse_object(await self.body(), depth)
+            self._body = b"{}"  # what was read may hold many pictures, and is not needed again
         return self._parsed
 
 

@@ -24,7 +24,7 @@ _SETTINGS: Final = {
 
 
 def add_docs(app: FastAPI) -> None:
-    """Add the page and describe the routes. Call it when all of them are there."""
+    """Add the page, and describe all routes when they are first asked for."""
     # Starlette finds the package's files without importing it.
     app.mount(_FILES, StaticFiles(packages=[("fastapi_offline", "static")]))
 
@@ -39,7 +39,16 @@ def add_docs(app: FastAPI) -> None:
             swagger_ui_parameters=dict(_SETTINGS),
         )
 
-    _describe(app.openapi(), with_key=bool(app.state.serving.options.api_keys))
+    generate = app.openapi
+
+    def described() -> dict[str, Any]:
+        known = app.openapi_schema is not None
+        schema = generate()
+        if not known:
+            _describe(schema, with_key=bool(app.state.serving.options.api_keys))
+        return schema
+
+    app.openapi = described  # type: ignore[method-assign]
 
 
 def _describe(schema: dict[str, Any], with_key: bool) -> None:
@@ -54,6 +63,8 @@ def _describe(schema: dict[str, Any], with_key: bool) -> None:
     for path, operations in schema["paths"].items():
         examples = EXAMPLES.get(path, {})
         for operation in operations.values():
+            said = operation.get("description", operation["summary"])
+            operation["summary"] = said.partition("\n")[0]
             responses = operation["responses"]
             responses.pop("422", None)
             responses["default"] = _failure(path)

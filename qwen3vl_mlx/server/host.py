@@ -74,6 +74,7 @@ class ModelHost:
         self.names = tuple(names)
         self.idle_unload_sec = idle_unload_sec
         self._load = load
+        self._change: Callable[[Qwen3VL], None] | None = None
         self._changes = Changes()  # guards the rest
         self._state: State = "unloaded"
         self._since = time.monotonic()  # of the state
@@ -171,6 +172,13 @@ class ModelHost:
         future: Future[Result] = Future()
         self._send(partial(self._do, action, future))
         return await asyncio.wrap_future(future)
+
+    def after_load(self, change: Callable[[Qwen3VL], None]) -> None:
+        """Do `change` to the model whenever it is loaded from now on, instead of the last one.
+
+        For what `run` did to it to outlast its unloading.
+        """
+        self._change = change
 
     # The end.
 
@@ -331,6 +339,8 @@ class ModelHost:
         started = time.monotonic()
         try:
             model = self._load()
+            if self._change is not None:
+                self._change(model)
         except Exception as error:  # noqa: BLE001  # whatever it is, it is told of
             shown = _log.isEnabledFor(logging.DEBUG)
             _log.error("%s could not be loaded: %s", self.names[0], error, exc_info=shown)

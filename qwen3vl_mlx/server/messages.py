@@ -32,6 +32,13 @@ router = APIRouter(route_class=JsonRoute, tags=["Anthropic"])
 @router.post("/v1/messages")
 async def create_message(body: MessagesBody, request: Request, serving: ServingOf) -> Response:
     """Answer a conversation with pictures, whole or as a stream."""
+    if body.thread is not None:  # at this code Anthropic's tool runner goes on without
+        raise ApiError(
+            400,
+            "thread is not supported: no conversation is kept here; send all messages every time",
+            param="thread",
+            code="thread_unsupported_request",
+        )
     messages, places = chat_messages(body)
     asked = replace(
         question(body, messages),

@@ -30,7 +30,7 @@ class Metrics:
     """The numbers of one server. Call from any thread."""
 
     def __init__(self, host: ModelHost):
-        self.registry = registry = CollectorRegistry(auto_describe=False)
+        self.registry = registry = CollectorRegistry()
         registry.register(_EngineNumbers(host))
 
         def counter(name: str, meaning: str, *labels: str) -> Counter:

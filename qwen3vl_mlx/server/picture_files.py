@@ -48,7 +48,7 @@ def _opened(path: str, roots: Sequence[Path], name: str) -> int:
     # By its letters first: resolving a path looks at every folder on it.
     if not any(plain.is_relative_to(root) for root in (*roots, *resolved)):
         raise _outside(roots, name)
-    real = plain.resolve(strict=True)
+    real = Path(os.path.realpath(plain, strict=True))
     root = next((root for root in resolved if real.is_relative_to(root)), None)
     if root is None:
         raise _outside(roots, name)

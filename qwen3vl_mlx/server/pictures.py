@@ -66,8 +66,8 @@ class Pictures:
         """
         normalize_messages(messages)  # before anything is fetched
         found = list(find_wanted(messages, processor, look, self._options.max_pixels))
-        self._check_count([picture for _, _, picture in found])
         wanted = [picture for _, _, picture in found if isinstance(picture, Wanted)]
+        self._check_count(sum(len(each.sources) for each in wanted))
         cut = await self._cut_all(dict.fromkeys(wanted), processor.settings)
         copies = [dict(message) for message in messages]
         for number, index, picture in found:
@@ -77,12 +77,11 @@ class Pictures:
             copies[number]["content"][index] = {"type": visual.kind, visual.kind: visual}
         return copies
 
-    def _check_count(self, found: Sequence[Wanted | VisualInput]) -> None:
-        counts = [len(each.sources) if isinstance(each, Wanted) else 1 for each in found]
-        if sum(counts) > self._options.max_images:
+    def _check_count(self, count: int) -> None:
+        if count > self._options.max_images:
             raise InputError(
-                f"messages hold {sum(counts)} pictures, every frame of a video counted, and this "
-                f"server takes {self._options.max_images} in one request; send fewer"
+                f"messages hold {count} pictures, every frame of a video counted, and this server "
+                f"takes {self._options.max_images} in one request; send fewer"
             )
 
     async def _cut_all(

@@ -17,7 +17,8 @@ SYSTEM_ROLES = ("system", "developer")
 _ROLES = (*SYSTEM_ROLES, "user", "assistant")
 _TEXTS = ("input_text", "output_text", "text")
 _IMAGES = ("input_image", "image_url")
-_DETAILS = {"low": "low", "high": "high", "auto": "auto", "original": "high"}
+_DETAILS = ("auto", "low", "high", "original")
+_THOUGHTS = ("content", "encrypted_content", "summary")  # where a reasoning item may hold them
 _PREFIXES = {
     "message": "msg",
     "reasoning": "rs",
@@ -65,6 +66,10 @@ def _item(item: Mapping[str, Any], where: str, find: Find) -> Item:
         )
     own = item.get("id")
     name = new_id(kind) if own is None else _string(item, "id", where)
+    if kind == "reasoning" and not any(item.get(key) for key in _THOUGHTS):
+        found = find(name)  # clients that stream keep the id of a thought, and not its text
+        if found is not None and found["type"] == kind:
+            return found
     return {"id": name, "type": kind, **readers[kind](item, where), "status": "completed"}
 
 
@@ -212,7 +217,7 @@ def _plain(message: dict[str, Any]) -> dict[str, Any]:
 def _chat_part(part: Mapping[str, Any]) -> dict[str, Any]:
     if part["type"] != "input_image":
         return {"type": "text", "text": part["refusal" if part["type"] == "refusal" else "text"]}
-    image = {"url": part["image_url"], "detail": _DETAILS[part["detail"]]}
+    image = {"url": part["image_url"], "detail": part["detail"]}
     pixels = {name: part[name] for name in ("min_pixels", "max_pixels") if name in part}
     return {"type": "image_url", "image_url": image, **pixels}
 

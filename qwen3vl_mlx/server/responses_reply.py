@@ -19,7 +19,7 @@ from qwen3vl_mlx.server.responses_output import Event, OutputWriter
 from qwen3vl_mlx.server.serving import Serving
 
 # Fields of the request that the response repeats
-_REPEATED = (
+_REPEATED = {
     "instructions",
     "max_output_tokens",
     "max_tool_calls",
@@ -28,7 +28,7 @@ _REPEATED = (
     "safety_identifier",
     "top_logprobs",
     "user",
-)
+}
 
 
 class Reply:
@@ -138,7 +138,7 @@ def _begun(answers: Answers, fields: ResponseFields, *, truncates: bool) -> dict
         "tools": fields.tools or [],
         "top_p": params.top_p,
         "truncation": fields.truncation or ("auto" if truncates else "disabled"),
-        **{name: getattr(fields, name) for name in _REPEATED},
+        **fields.model_dump(include=_REPEATED),
     }
 
 

@@ -13,7 +13,10 @@ from pydantic import ConfigDict, Field
 from qwen3vl_mlx.api import Qwen3VL
 from qwen3vl_mlx.asking import Look
 from qwen3vl_mlx.errors import Qwen3VLError
-from qwen3vl_mlx.processing.processor import Messages
+from qwen3vl_mlx.media_decode import check_size
+from qwen3vl_mlx.models.positions import Grid
+from qwen3vl_mlx.processing.image import VisionSettings, smart_resize
+from qwen3vl_mlx.processing.processor import Messages, Processor
 from qwen3vl_mlx.server.body import JsonRoute
 from qwen3vl_mlx.server.chat_fields import TemplateOptions
 from qwen3vl_mlx.server.completion_logprobs import token_name
