@@ -14,7 +14,7 @@ from qwen3vl_mlx.engine.grammar import Grammar, parse_grammar
 from qwen3vl_mlx.engine.penalties import breaker_tokens
 from qwen3vl_mlx.engine.request import Request
 from qwen3vl_mlx.engine.sampling import SamplingParams
-from qwen3vl_mlx.errors import InputError, PromptError
+from qwen3vl_mlx.errors import InputError, TooLongError
 from qwen3vl_mlx.processing.processor import MaxPixels, Messages, Processor
 from qwen3vl_mlx.processing.prompt import Prompt
 from qwen3vl_mlx.processing.truncation import shorten
@@ -56,7 +56,7 @@ class Asking:
     def prompt(
         self, messages: Messages, tools: Sequence[Mapping[str, Any]] | None, look: Look
     ) -> Prompt:
-        """Lay out messages as they are. Raises PromptError where they fill the context."""
+        """Lay out messages as they are. Raises TooLongError where they fill the context."""
         prompt = self.processor.prompt(
             messages,
             tools=tools,
@@ -65,7 +65,7 @@ class Asking:
             add_vision_id=look.add_vision_id,
         )
         if len(prompt.token_ids) >= self.context_length:
-            raise PromptError(
+            raise TooLongError(
                 f"the prompt has {len(prompt.token_ids)} tokens and the model's context holds "
                 f"{self.context_length}, answer included; shorten it or lower max_pixels, or let "
                 "truncate drop the oldest turns"

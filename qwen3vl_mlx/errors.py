@@ -33,6 +33,10 @@ class PromptError(InputError):
     """Messages, media and placeholders do not fit together."""
 
 
+class TooLongError(PromptError):
+    """The prompt leaves no room for an answer in the model's context."""
+
+
 class CheckpointError(Qwen3VLError):
     """A checkpoint folder is missing, incomplete or damaged."""
 

@@ -71,7 +71,7 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.write(first)
         for _ in range(100):
             self.wfile.write(piece)
-            time.sleep(0.02)
+            time.sleep(0.05)
 
     def do_GET(self) -> None:
         try:
@@ -104,7 +104,7 @@ class Handler(BaseHTTPRequestHandler):
         elif path == "/short":
             self.answer(PNG[:-50], length=len(PNG))
         elif path == "/silent":
-            time.sleep(2)
+            time.sleep(5)
             self.answer(PNG)
         elif path == "/gzip":
             self.answer(gzip.compress(bytes(10**7)), length=None)
@@ -121,7 +121,7 @@ class Handler(BaseHTTPRequestHandler):
         elif path.startswith("/to/"):
             self.redirect(unquote(path[4:]).replace("PORT", str(self.server.server_port)))
         elif path == "/trickle":
-            self.stream(b"\x89", 40, 0.05)
+            self.stream(b"\x89", 100, 0.05)
         else:
             self.send_error(404)
 
@@ -186,7 +186,7 @@ def test_timeout_holds_for_silence_and_for_a_trickle(server: str, path: str) -> 
     start = time.monotonic()
     with pytest.raises(ImageError, match=r"timed out after 0.3 s"):
         load_image(server + path, timeout=0.3)
-    assert time.monotonic() - start < 1.5
+    assert time.monotonic() - start < 4
 
 
 @pytest.mark.parametrize(
@@ -281,9 +281,9 @@ LOOPBACK = [
 ]  # fmt: skip
 LOCAL = [
     "localhost", "LocalHost", "localhost.", "a.localhost", "printer.local", "printer.local.",
-    "metadata.google.internal", "nas.home.arpa", "\uff4c\uff4f\uff43\uff41\uff4c\uff48ost",
-    "printer\u3002local", "metadata.example", "inside.example", "169.254.169.254", "10.0.0.1",
-    "192.168.0.1:443", "[fd00:ec2::254]", "[fe80::1%25lo]",
+    "metadata.google.internal", "printer.l\u00bacal", "nas.home.arpa", "printer\u3002local",
+    "\uff4c\uff4f\uff43\uff41\uff4c\uff48ost", "metadata.example", "inside.example",
+    "169.254.169.254", "10.0.0.1", "192.168.0.1:443", "[fd00:ec2::254]", "[fe80::1%25lo]",
 ]  # fmt: skip
 ODD = [
     "me@pictures.example", "me:pw@127.0.0.1", "8.8.8.8@127.0.0.1", "pictures.example:22",
@@ -296,13 +296,13 @@ ODD = [
 
 @pytest.mark.parametrize("host", [*LOOPBACK, *LOCAL, *ODD])
 def test_nobody_is_asked_for_what_is_not_public(host: str, network: Network) -> None:
-    for scheme in ("http", "https"):
+    for scheme in ("http", "https") if host in (*LOOPBACK[:3], *LOCAL[:2]) else ("http",):
         with pytest.raises(ImageError):
             fetch_public(f"{scheme}://{host}/a.png")
     assert network.connected == []
 
 
-@pytest.mark.parametrize("host", LOCAL[:8])
+@pytest.mark.parametrize("host", LOCAL[:9])
 def test_names_of_the_local_network_are_not_even_resolved(host: str, network: Network) -> None:
     with pytest.raises(ImageError, match="its host is of the local network"):
         fetch_public(f"http://{host}/a.png")
@@ -389,7 +389,7 @@ def test_the_whole_download_has_one_deadline(path: str, server: str, public: str
     for url in (server, public):
         with pytest.raises(ImageError, match=r"timed out after 0.3 s"):
             fetch(url + path, "it", timeout=0.3, max_bytes=100, public_only=url == public)
-    assert time.monotonic() - start < 1.5
+    assert time.monotonic() - start < 4
 
 
 @pytest.mark.parametrize("path", ["/silent", "/trickle", "/slow-headers"])
@@ -404,7 +404,7 @@ def test_a_download_ends_when_nobody_wants_it(path: str, public: str) -> None:
             public_only=True,
             wanted=lambda: time.monotonic() < start + 0.1,
         )
-    assert time.monotonic() - start < 1.0
+    assert time.monotonic() - start < 4
 
 
 def test_what_comes_before_the_picture_is_bounded_too(public: str) -> None:

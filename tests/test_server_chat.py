@@ -209,13 +209,9 @@ def certificate(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Trust a certificate of this machine's own."""
     if (openssl := shutil.which("openssl")) is None:
         pytest.skip("no openssl to make a certificate with")
-    subprocess.run(
-        [openssl, "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2"]
-        + ["-keyout", folder / "key.pem", "-out", folder / "cert.pem"]
-        + ["-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost"],
-        check=True,
-        capture_output=True,
-    )
+    command = f"""{openssl} req -x509 -newkey rsa:2048 -nodes -days 2 -subj /CN=localhost
+        -addext subjectAltName=DNS:localhost -keyout key.pem -out cert.pem"""
+    subprocess.run(command.split(), cwd=folder, check=True, capture_output=True)
     monkeypatch.setenv("SSL_CERT_FILE", str(folder / "cert.pem"))
 
 

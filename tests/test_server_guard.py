@@ -216,9 +216,9 @@ def test_keys(locked: TestClient, headers: dict[str, str], allowed: bool) -> Non
 def test_what_is_open_without_a_key(locked: TestClient) -> None:
     for path in ("/health", "/", "/docs", "/openapi.json", "/docs/files/swagger-ui.css"):
         assert locked.get(path).status_code != 401, path
-    for path in ("/docsx", "/health/x", "/HEALTH", "/docs/%2e%2e/echo"):
-        assert locked.get(path, follow_redirects=False).status_code in (401, 404), path
-    assert locked.post("/docs/%2e%2e/echo", json={}).status_code == 404
+    for path in ("/docsx", "/health/x", "/HEALTH", "/docs%2e/echo"):
+        assert locked.get(path).status_code == 401, path
+    assert locked.get("/docs/%2e%2e/echo").status_code == 404
 
 
 def test_a_key_is_not_asked_for_by_default(client: TestClient) -> None:
@@ -512,7 +512,7 @@ def test_a_complete_answer_is_no_disconnect(
     connection = connect()
     connection.sendall(b"GET /lingers HTTP/1.1\r\nHost: localhost\r\n\r\n")
     assert read_reply(connection) == (200, {})
-    labels = {"route": "/lingers", "status": "200"}
+    labels = {"route": "other", "status": "200"}
     deadline = time.monotonic() + 10
     while not count("qwen3vl_http_requests_total", labels):
         assert time.monotonic() < deadline

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
-from qwen3vl_mlx.errors import PromptError
+from qwen3vl_mlx.errors import TooLongError
 from qwen3vl_mlx.processing.prompt import Prompt
 
 _KEPT_ROLES = ("system", "developer")
@@ -21,10 +21,10 @@ def shorten(
     A turn is a user's message and all that follows it up to the next: answers, tool calls and
     their results go together, and a message keeps all its pictures or goes whole. System messages
     and the last turn stay. layout makes the prompt that is measured; give media that are read
-    already, since it is called several times. Raises PromptError where what stays is too long.
+    already, since it is called several times. Raises TooLongError where what stays is too long.
     """
     if limit < 1:
-        raise PromptError(
+        raise TooLongError(
             f"max_tokens leaves {limit} tokens of the context for the prompt; lower max_tokens"
         )
     turns = _turns(messages)
@@ -42,7 +42,7 @@ def shorten(
     shortest = length(high)
     if shortest > limit:
         what = "the system message and the last turn" if high else "the only turn"
-        raise PromptError(
+        raise TooLongError(
             f"{what} alone take {shortest:,} tokens, and {limit:,} of the context are left for "
             "the prompt; shorten the text, send fewer or smaller pictures (max_pixels), or lower "
             "max_tokens"

@@ -11,6 +11,7 @@ from fastapi.responses import Response
 from pydantic import ConfigDict, Field
 
 from qwen3vl_mlx import __version__
+from qwen3vl_mlx.api import Qwen3VL
 from qwen3vl_mlx.engine.admission import weights_bytes
 from qwen3vl_mlx.errors import InputError
 from qwen3vl_mlx.quant.policy import AUTO
@@ -120,6 +121,7 @@ async def _requantize(serving: Serving, name: str) -> dict[str, Any]:
     started = time.perf_counter()
     async with serving.host.exclusive() as model:
         await serving.host.run(partial(model.requantize, name))
+        serving.host.after_load(partial(Qwen3VL.requantize, quantize=name))  # if it is unloaded
         assignment, nbytes = live_assignment(model.model), weights_bytes(model.model)
     return {
         "model": serving.host.names[0],

@@ -2,27 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Annotated, Any, ClassVar
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
 
-from pydantic import ConfigDict, Field, ValidationError, WrapValidator
-from pydantic_core import PydanticCustomError
+from pydantic import ConfigDict, Field
 
 from qwen3vl_mlx.server.chat_fields import MOST_ANSWERS, SamplingFields, StreamOptions
 from qwen3vl_mlx.server.errors import ApiError
 
 _DEFAULT_MAX_TOKENS = 16  # OpenAI's: a raw prompt rarely ends by itself
-
-
-def _plain_error(value: Any, validate: Callable[[Any], Any]) -> Any:
-    """One error rather than one for each form that a prompt may have."""
-    try:
-        return validate(value)
-    except ValidationError as error:
-        raise PydanticCustomError(
-            "prompt_type",
-            "Input should be a text, a list of texts, token ids, or lists of token ids",
-        ) from error
 
 
 class CompletionFields(SamplingFields):
@@ -32,9 +20,7 @@ class CompletionFields(SamplingFields):
         json_schema_extra={"example": {"prompt": "A red", "max_tokens": 4, "temperature": 0}}
     )
 
-    prompt: Annotated[
-        str | list[str] | list[int] | list[list[int]] | None, WrapValidator(_plain_error)
-    ] = Field(
+    prompt: str | list[str] | list[int] | list[list[int]] | None = Field(
         None,
         description="One prompt or several, as text or token ids. No chat template is applied, and "
         "literals such as <|im_start|> are control tokens. Unset: a new document",

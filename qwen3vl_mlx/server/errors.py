@@ -12,6 +12,7 @@ from qwen3vl_mlx.errors import (
     InputError,
     QueueFullError,
     TooLargeError,
+    TooLongError,
     UnsupportedImageError,
 )
 
@@ -89,6 +90,8 @@ def as_api_error(error: BaseException, fields: Collection[str] = ()) -> ApiError
             status, code = 415, "unsupported_image"
         elif isinstance(error, TooLargeError):
             status, code = 413, "too_large"
+        elif isinstance(error, TooLongError):
+            code = "context_length_exceeded"
         return ApiError(status, message, param=_field_at_fault(message, fields), code=code)
     if isinstance(error, QueueFullError):
         return ApiError(429, message, code="queue_full", headers={"Retry-After": _RETRY_SEC})

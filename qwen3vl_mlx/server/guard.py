@@ -128,9 +128,9 @@ class _Exchange:
 class Gate:
     """Refuses hosts, origins, callers and bodies before any route sees them.
 
-    hosts: names this server is reached by; IP addresses always pass, as no page can be served
-    from one that is not its own. origins: of pages that may ask; "*" for all. api_keys: any of
-    them opens; none asks for none.
+    hosts: names this server is reached by; addresses always pass, as only a name can be bent to
+    another machine. origins: of pages that may ask; "*" for all. api_keys: each opens; where
+    there are none, none is asked for.
     """
 
     def __init__(
@@ -158,7 +158,7 @@ class Gate:
             check_host(headers, self.hosts)
             if method not in _HARMLESS:
                 check_origin(headers, self.origins)
-            if method != "OPTIONS" and not _is_open(scope["path"]):
+            if not _is_open(scope["path"]):
                 check_key(headers, self.api_keys)
             if method in _WITH_BODY:
                 check_content(headers)

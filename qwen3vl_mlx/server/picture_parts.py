@@ -48,7 +48,7 @@ def find_wanted(
         for index, part in enumerate(content):
             if (kind := part_kind(part)) != "text":
                 place = f"messages[{number}].content[{index}]"
-                key = f"{kind}_url" if part.get(f"{kind}_url") is not None else f"{kind}"
+                key = f"{kind}" if part.get(f"{kind}") is not None else f"{kind}_url"
                 try:
                     yield number, index, _wanted(part, key, place, processor, look, most)
                 except InputError as error:

@@ -9,7 +9,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from qwen3vl_mlx.asking import Look
 from qwen3vl_mlx.errors import EngineClosedError, InputError, TooLargeError
@@ -28,6 +28,9 @@ from qwen3vl_mlx.processing.template import normalize_messages
 from qwen3vl_mlx.server.options import ServerOptions
 from qwen3vl_mlx.server.picture_files import read_below
 from qwen3vl_mlx.server.picture_parts import Wanted, find_wanted
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 _FETCHERS = 16  # downloads and files at once, of all requests
 _DECODERS = 4  # pictures in decoding at once, of all requests; each is held at its full size
@@ -99,10 +102,7 @@ class Pictures:
 
     async def _cut(self, wanted: Wanted, reading: _Reading) -> VisualInput:
         async with reading.slots:
-            files = [
-                await self._file(source, wanted.place_of(number), reading)
-                for number, source in enumerate(wanted.sources)
-            ]
+            files = await self._files(wanted, reading)
             # By what the files hold: the same address may lead to another picture tomorrow.
             digests = tuple(file.digest for file in files)
             key = (wanted.kind, wanted.budget, wanted.fps, reading.settings, digests)
@@ -114,6 +114,15 @@ class Pictures:
                 self._kept.put(key, visual)
         reading.count(visual)
         return visual
+
+    async def _files(self, wanted: Wanted, reading: _Reading) -> list[_File]:
+        files: list[_File] = []
+        most = _AT_ONCE * self._options.max_download_bytes
+        for number, source in enumerate(wanted.sources):
+            files.append(await self._file(source, wanted.place_of(number), reading))
+            if sum(len(file.data) for file in files) > most:
+                raise TooLargeError(f"{wanted.place}: the frames are over {most} bytes together")
+        return files
 
     async def _file(self, text: str, place: str, reading: _Reading) -> _File:
         """The bytes of a picture, from wherever they are."""
@@ -145,7 +154,11 @@ class Pictures:
         self, files: Sequence[_File], wanted: Wanted, settings: VisionSettings
     ) -> VisualInput:
         most = self._options.max_image_pixels
-        images = [load_image(file.data, name=file.name, max_source_pixels=most) for file in files]
+        left = most if wanted.kind == "image" else 2 * most  # the frames are held all at once
+        images: list[Image] = []
+        for file in files:
+            images.append(load_image(file.data, name=file.name, max_source_pixels=min(most, left)))
+            left -= images[-1].width * images[-1].height
         try:
             if wanted.kind == "image":
                 visual = image_input(images[0], settings, wanted.budget)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections import Counter, OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, TypeAlias
@@ -94,13 +94,9 @@ class ResponseStore:
         return True
 
     def item(self, item_id: str) -> Item | None:
-        """An item of any conversation that is kept."""
-        return next((item for item in self._items() if item["id"] == item_id), None)
-
-    def _items(self) -> Iterator[Item]:
-        for turn in self._uses:
-            yield from turn.items
-            yield from turn.output
+        """An item that was answered. Ids of input may be clients' own, which others could guess."""
+        answered = (item for turn in self._uses for item in turn.output)
+        return next((item for item in answered if item["id"] == item_id), None)
 
 
 def _num_bytes(value: object) -> int:

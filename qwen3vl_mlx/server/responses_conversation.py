@@ -73,7 +73,8 @@ class Conversation:
             return re.sub(r"^\w+", lambda found: _NAMES.get(found[0], found[0]), text)
 
         error.message = renamed(error.message)
-        error.param = renamed(error.param) if error.param is not None else None
+        if error.param is not None:
+            error.param = "input" if error.param == "messages" else renamed(error.param)
         return error
 
 

@@ -87,6 +87,7 @@ class ResponseFields(SamplingFields):
         | None
     ) = None
     max_output_tokens: int | None = Field(None, description="Of thoughts and text together")
+    max_tokens: int | None = Field(None, description="Refused: here it is max_output_tokens")
     max_tool_calls: int | None = Field(None, description="Of built-in tools: there are none")
     top_logprobs: int | None = None
     reasoning: Reasoning | None = None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import binascii
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
@@ -142,16 +141,15 @@ def _image_part(part: Mapping[str, Any], where: str) -> dict[str, Any]:
         raise _wrong(
             f"{where}.file_id", "names a file, and this server keeps none; send an image_url"
         )
-    holder = part.get("image_url")
-    if not isinstance(holder, Mapping):
-        holder = {"url": holder}
-    if not isinstance(holder.get("url"), str):
-        raise _wrong(f"{where}.image_url", f"is {_named(holder.get('url'))}; expected a string")
-    detail = part.get("detail") or holder.get("detail") or "auto"
+    url = part.get("image_url")
+    if isinstance(url, Mapping):  # as chat completions have it
+        part, url = {**part, **url}, url.get("url")
+    if not isinstance(url, str):
+        raise _wrong(f"{where}.image_url", f"is {_named(url)}; expected a string")
+    detail = part.get("detail") or "auto"
     if not isinstance(detail, str) or detail not in _DETAILS:
         raise _wrong(f"{where}.detail", f"is {detail!r}; expected one of {', '.join(_DETAILS)}")
-    pixels = {name: part[name] for name in ("min_pixels", "max_pixels") if name in part}
-    return {"type": "input_image", "image_url": holder["url"], "detail": detail, **pixels}
+    return {"type": "input_image", "image_url": url, "detail": detail, **_pixels(part)}
 
 
 def chat_messages(items: Sequence[Item]) -> tuple[list[dict[str, Any]], list[int]]:
@@ -162,6 +160,8 @@ def chat_messages(items: Sequence[Item]) -> tuple[list[dict[str, Any]], list[int
     messages: list[dict[str, Any]] = []
     places: list[int] = []
     for index, item in enumerate(items):
+        if item["type"] == "reasoning" and not item["content"]:
+            continue  # a thought that another server has encrypted
         message = _chat_message(item)
         if messages and _goes_on(messages[-1], message):
             _join(messages[-1], message)
@@ -218,13 +218,16 @@ def _chat_part(part: Mapping[str, Any]) -> dict[str, Any]:
     if part["type"] != "input_image":
         return {"type": "text", "text": part["refusal" if part["type"] == "refusal" else "text"]}
     image = {"url": part["image_url"], "detail": part["detail"]}
-    pixels = {name: part[name] for name in ("min_pixels", "max_pixels") if name in part}
-    return {"type": "image_url", "image_url": image, **pixels}
+    return {"type": "image_url", "image_url": image, **_pixels(part)}
+
+
+def _pixels(part: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: part[name] for name in ("min_pixels", "max_pixels") if name in part}
 
 
 def sealed(thought: str) -> str:
     """A thought as clients without a store of ours hand it back. It is no secret: they see it."""
-    return base64.b64encode(thought.encode()).decode()
+    return base64.b64encode(thought.encode(errors="surrogatepass")).decode()
 
 
 def _opened(content: object) -> list[dict[str, str]]:
@@ -232,8 +235,9 @@ def _opened(content: object) -> list[dict[str, str]]:
     if not isinstance(content, str):
         return []
     try:
-        return [{"text": base64.b64decode(content, validate=True).decode()}]
-    except (binascii.Error, UnicodeDecodeError, ValueError):
+        thought = base64.b64decode(content, validate=True)
+        return [{"text": thought.decode(errors="surrogatepass")}]
+    except ValueError:  # base64 and Unicode
         return []
 
 

@@ -46,13 +46,13 @@ class OutputWriter:
             yield from self._call(call)
         if chunk.finish_reason is not None:
             cut = finish_fields(chunk.finish_reason, None)["finish_reason"] == "length"
-            if not cut and self._kind != "message" and not self._answers:
+            if not cut and self._kind != "message" and not self._answered:
                 yield from self._close()
                 yield from self._open("message")  # an answer of no words is one all the same
             yield from self._close("incomplete" if cut else "completed")
 
     @property
-    def _answers(self) -> bool:
+    def _answered(self) -> bool:
         return any(item["type"] != "reasoning" for item in self.items)
 
     def _write(

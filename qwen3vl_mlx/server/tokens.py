@@ -128,37 +128,40 @@ async def tokenize(fields: TokenizeFields, request: Request, serving: ServingOf)
 async def _tokenize(serving: Serving, fields: TokenizeFields) -> dict[str, Any]:
     lease = await serving.host.lease(fields.model)
     try:
-        model = lease.model
-        tokenizer = model.processor.tokenizer
-        if fields.messages is None:
-            ids = await asyncio.to_thread(tokenizer.encode, fields.prompt or "")
-        else:
+        messages = fields.messages
+        if messages is not None:
             look = Look(fields.min_pixels, fields.max_pixels)
-            messages = await serving.pictures.read(fields.messages, model.processor, look)
-            ids = await asyncio.to_thread(_laid_out, model, messages, fields)
-        names = [token_name(tokenizer.token_bytes(token, False)) for token in ids]
-        return {
-            "count": len(ids),
-            "max_model_len": model.context_length,
-            "tokens": ids,
-            "token_strs": names if fields.return_token_strs else None,
-        }
+            messages = await serving.pictures.read(messages, lease.model.processor, look)
+        return await asyncio.to_thread(_tokenized, lease.model, messages, fields)
     except Qwen3VLError as error:
         raise as_api_error(error, TokenizeFields.model_fields) from error
     finally:
         lease.release()
 
 
-def _laid_out(model: Qwen3VL, messages: Messages, fields: TokenizeFields) -> list[int]:
-    template = fields.chat_template_kwargs or TemplateOptions()
-    prompt = model.processor.prompt(
-        messages,
-        tools=fields.tools,
-        add_vision_id=bool(template.add_vision_id),
-        add_generation_prompt=fields.add_generation_prompt,
-    )
-    ids: list[int] = prompt.token_ids.tolist()
-    return ids
+def _tokenized(model: Qwen3VL, messages: Messages | None, fields: TokenizeFields) -> dict[str, Any]:
+    """messages: the request's, their pictures cut."""
+    tokenizer = model.processor.tokenizer
+    if messages is None:
+        ids = tokenizer.encode(fields.prompt or "")
+    else:
+        template = fields.chat_template_kwargs or TemplateOptions()
+        prompt = model.processor.prompt(
+            messages,
+            tools=fields.tools,
+            add_vision_id=bool(template.add_vision_id),
+            add_generation_prompt=fields.add_generation_prompt,
+        )
+        ids = prompt.token_ids.tolist()
+    names = None
+    if fields.return_token_strs:
+        names = [token_name(tokenizer.token_bytes(token, False)) for token in ids]
+    return {
+        "count": len(ids),
+        "max_model_len": model.context_length,
+        "tokens": ids,
+        "token_strs": names,
+    }
 
 
 @router.post("/detokenize")

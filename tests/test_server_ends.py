@@ -1,0 +1,432 @@
+"""How a chat request ends that does not end well: refused, too late, too many, or left alone."""
+
+from __future__ import annotations
+
+import asyncio
+import http.client
+import json
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+import numpy as np
+import pytest
+from asking import QUESTION, TRUTH
+from clients import (
+    ask,
+    asking,
+    at_rest,
+    connect,
+    connect_async,
+    data_uri,
+    image_url,
+    joined,
+    memory,
+    openai,
+    said_by,
+    text,
+    until,
+)
+from fastapi.testclient import TestClient
+from live import Live, live_server
+from PIL.Image import Image
+from serving import ENDLESS, busy
+
+from qwen3vl_mlx import Qwen3VL
+from qwen3vl_mlx.server.app import create_app
+from qwen3vl_mlx.server.options import ServerOptions
+from qwen3vl_mlx.server.start import new_serving
+
+OPTIONS = ServerOptions(
+    max_body_bytes=2**20,
+    max_images=3,
+    max_image_pixels=90_000,
+    max_download_bytes=10_000,
+    allow_private_urls=True,
+    aliases=("qwen", "gpt-4o"),
+)
+LONG = {"max_tokens": 1500, "logit_bias": ENDLESS["logit_bias"]}
+
+
+@pytest.fixture(scope="module")
+def live(demo: Qwen3VL) -> Iterator[Live]:
+    with live_server(demo, OPTIONS) as live:
+        yield live
+
+
+@pytest.fixture(scope="module")
+def client(live: Live) -> Any:
+    return connect(live)
+
+
+# Refused
+
+SMALL = data_uri(np.zeros((32, 32, 3), np.uint8))
+HUGE = data_uri(np.zeros((301, 300, 3), np.uint8))
+HELLO = asking("Hello")
+OPEN: dict[str, Any] = {"type": "object", "properties": {"x": {"$ref": "#/nowhere"}}}
+
+# name: the fields, the status, the field at fault, the code, and words of the message
+REFUSED: dict[str, tuple[dict[str, Any], int, str | None, str | None, str]] = {
+    "max_tokens": ({"max_tokens": 0}, 400, "max_tokens", "invalid_value", "1"),
+    "max_completion_tokens": (
+        {"max_completion_tokens": -1},
+        400,
+        "max_completion_tokens",
+        "invalid_value",
+        "1",
+    ),
+    "temperature": ({"temperature": -1}, 400, "temperature", "invalid_value", "0"),
+    "top_p": ({"top_p": 1.5}, 400, "top_p", "invalid_value", "1"),
+    "frequency_penalty": ({"frequency_penalty": 3}, 400, "frequency_penalty", "invalid_value", "2"),
+    "top_logprobs": ({"logprobs": True, "top_logprobs": 21}, 400, "top_logprobs", None, "20"),
+    "top_logprobs alone": ({"top_logprobs": 2}, 400, "top_logprobs", None, "logprobs"),
+    "n": ({"n": 0}, 400, "n", "invalid_value", "128"),
+    "n too large": ({"n": 129}, 400, "n", "invalid_value", "128"),
+    "seed": ({"seed": -1}, 400, "seed", "invalid_value", "0"),
+    "stop": ({"stop": [""]}, 400, "stop", "invalid_value", "empty"),
+    "logit_bias word": ({"logit_bias": {"cat": 1}}, 400, "logit_bias", "invalid_value", "cat"),
+    "logit_bias token": ({"logit_bias": {"99999": 1}}, 400, "logit_bias", "invalid_value", "99999"),
+    "timeout": ({"timeout": 0}, 400, "timeout", "invalid_value", "0"),
+    "max_pixels": ({"max_pixels": 0}, 400, "max_pixels", "invalid_value", "max_pixels"),
+    "stream_options": (
+        {"stream": False, "stream_options": {"include_usage": True}},
+        400,
+        "stream_options",
+        None,
+        "stream",
+    ),
+    "tool_choice": ({"tool_choice": "required"}, 400, "tool_choice", None, "tools"),
+    "tool without a name": (
+        {"tools": [{"type": "function", "function": {}}]},
+        400,
+        "tools[0]",
+        None,
+        "name",
+    ),
+    "response_format": ({"response_format": {"type": "xml"}}, 400, "response_format", None, "xml"),
+    "schema": (
+        {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": OPEN}}},
+        400,
+        "response_format",
+        None,
+        "nowhere",
+    ),
+    "grammar": ({"grammar": {"type": "regex", "value": "("}}, 400, "grammar", None, "regex"),
+    "grammar and format": (
+        {"grammar": {"type": "regex", "value": "a"}, "response_format": {"type": "json_object"}},
+        400,
+        "response_format",
+        None,
+        "exclude",
+    ),
+    "model": ({"model": "gpt-5"}, 404, "model", "model_not_found", "demo, qwen, gpt-4o, default"),
+    "no messages": ({"messages": []}, 400, "messages", None, "empty"),
+    "role": (
+        {"messages": [{"role": "king", "content": "Hi"}]},
+        400,
+        "messages[0].role",
+        None,
+        "king",
+    ),
+    "content": (
+        {"messages": [{"role": "user", "content": 5}]},
+        400,
+        "messages[0].content",
+        None,
+        "int",
+    ),
+    "part": (
+        {"messages": [{"role": "user", "content": [{"type": "input_audio"}]}]},
+        400,
+        "messages[0].content[0]",
+        None,
+        "input_audio",
+    ),
+    "video file": (
+        {
+            "messages": asking(
+                {"type": "video_url", "video_url": {"url": "https://x.example/a.mp4"}}
+            )
+        },
+        400,
+        "messages[0].content[0].video_url",
+        None,
+        "frames",
+    ),
+    "no url": (
+        {"messages": asking("So", {"type": "image_url", "image_url": {}})},
+        400,
+        "messages[0].content[1].image_url",
+        None,
+        "URL",
+    ),
+    "detail": (
+        {"messages": asking(image_url(SMALL, detail="fine"))},
+        400,
+        "messages[0].content[0].image_url",
+        None,
+        "fine",
+    ),
+    "ftp": (
+        {"messages": asking(image_url("ftp://127.0.0.1/a.png"))},
+        400,
+        "messages[0].content[0].image_url",
+        None,
+        "ftp",
+    ),
+    "path": (
+        {"messages": asking(image_url("/etc/passwd"))},
+        400,
+        "messages[0].content[0].image_url",
+        None,
+        "--image-root",
+    ),
+    "not an image": (
+        {"messages": asking(image_url("data:image/png;base64,aGVsbG8="))},
+        415,
+        "messages[0].content[0].image_url",
+        "unsupported_image",
+        "image",
+    ),
+    "too many pixels": (
+        {"messages": asking("So", image_url(HUGE))},
+        413,
+        "messages[0].content[1].image_url",
+        "too_large",
+        "pixels",
+    ),
+    "too many pictures": (
+        {"messages": asking(*[image_url(SMALL)] * 4)},
+        400,
+        "messages",
+        None,
+        "3",
+    ),
+    "body": ({"user": "x" * 2**20}, 413, None, "too_large", "1,048,576"),
+    "type": ({"temperature": "hot"}, 422, "temperature", "invalid_type", "number"),
+    "type of a truth": ({"stream": 1}, 422, "stream", "invalid_type", "boolean"),
+    "type of an inner field": (
+        {"stream": True, "stream_options": {"include_usage": "yes"}},
+        422,
+        "stream_options.include_usage",
+        "invalid_type",
+        "boolean",
+    ),
+    "type of messages": ({"messages": 5}, 422, "messages", "invalid_type", ""),
+    "type of a message": ({"messages": ["Hi"]}, 422, "messages", "invalid_type", ""),
+    "modalities": ({"modalities": ["text", "audio"]}, 422, "modalities[1]", "invalid_type", "text"),
+    "service_tier": ({"service_tier": "flex"}, 422, "service_tier", "invalid_type", "auto"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+@pytest.mark.parametrize("streams", [False, True])
+def test_refused(client: Any, name: str, streams: bool) -> None:
+    fields, status, param, code, words = REFUSED[name]
+    asked = {"model": "default", "messages": HELLO, "stream": streams, **fields}
+    with pytest.raises(openai.APIStatusError) as caught:
+        client.post("/chat/completions", body=asked, cast_to=object)
+    error = caught.value
+    assert error.status_code == status, error
+    assert error.param == param
+    assert code is None or error.code == code
+    assert words in error.body["message"]
+    assert error.type == "invalid_request_error"
+    assert error.response.headers["x-request-id"]
+
+
+def test_other_routes_and_methods(client: Any) -> None:
+    with pytest.raises(openai.NotFoundError, match="/docs"):
+        client.embeddings.create(model="default", input="x")
+    with pytest.raises(openai.APIStatusError, match="GET") as caught:
+        client.get("/chat/completions", cast_to=object)
+    assert caught.value.status_code == 405
+
+
+@pytest.mark.parametrize("name", ["demo", "qwen", "gpt-4o", "default"])
+def test_names_of_the_model(client: Any, name: str) -> None:
+    answer = client.chat.completions.create(model=name, messages=HELLO, max_tokens=1)
+    assert answer.model == ("demo" if name == "default" else name)
+    assert {model.id for model in client.models.list()} >= {"demo", "qwen", "gpt-4o"}
+    assert client.models.retrieve(name).root == "demo"
+
+
+# Not now
+
+
+def test_a_model_that_loads(demo: Qwen3VL) -> None:
+    go_on = threading.Event()
+
+    def load() -> Qwen3VL:
+        assert go_on.wait(30)
+        return demo
+
+    serving = new_serving(load, "demo", ServerOptions())
+    app = TestClient(create_app(serving), base_url="http://localhost")
+    asked = {"messages": HELLO, "max_tokens": 1}
+    serving.host.start()
+    refused = app.post("/v1/chat/completions", json=asked)
+    go_on.set()
+    assert refused.status_code == 503
+    assert refused.json()["error"]["code"] == "model_loading"
+    assert refused.json()["error"]["type"] == "server_error"
+    assert int(refused.headers["retry-after"]) > 0
+    until(lambda: serving.host.status().state == "ready")
+    assert app.post("/v1/chat/completions", json=asked).status_code == 200
+
+
+@pytest.mark.parametrize("streams", [False, True])
+def test_a_full_queue(serve: Callable[..., Qwen3VL], streams: bool) -> None:
+    model = serve(max_batch=1, max_queue=2)
+    with live_server(model) as live, ThreadPoolExecutor() as pool:
+        client = connect(live)
+        with busy(model):
+            accepted = [pool.submit(ask, client, HELLO, max_tokens=4) for _ in range(3)]
+            until(lambda: live.serving.host.status().users == 3)
+            with pytest.raises(openai.RateLimitError) as caught:
+                ask(client, HELLO, stream=streams)
+            with pytest.raises(openai.RateLimitError):
+                ask(client, HELLO, n=2)
+        assert int(caught.value.response.headers["retry-after"]) > 0
+        assert (caught.value.code, caught.value.type) == ("queue_full", "rate_limit_error")
+        assert len({said_by(answer.result()) for answer in accepted}) == 1
+        with busy(model):  # the client comes again, as it was told
+            accepted = [pool.submit(ask, client, HELLO, max_tokens=4) for _ in range(3)]
+            until(lambda: live.serving.host.status().users == 3)
+            patient = client.with_options(max_retries=3)
+            late = pool.submit(ask, patient, HELLO, max_tokens=4)
+            time.sleep(0.2)
+        assert late.result().usage.completion_tokens == 4
+        until(lambda: at_rest(live))
+
+
+# Left
+
+
+class Slow(BaseHTTPRequestHandler):
+    """A picture that never comes."""
+
+    def do_GET(self) -> None:
+        self.send_response(200)
+        self.end_headers()
+        try:
+            for _ in range(200):
+                self.wfile.write(b"\x89PNG")
+                time.sleep(0.05)
+        except OSError:
+            type(self).left.set()
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+    left = threading.Event()
+
+
+@pytest.fixture
+def slow_picture() -> Iterator[str]:
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Slow)
+    server.daemon_threads = True
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    Slow.left.clear()
+    yield f"http://127.0.0.1:{server.server_port}/a.png"
+    server.shutdown()
+    server.server_close()
+
+
+def leave_stream(live: Live, fields: dict[str, Any]) -> None:
+    """After the first word."""
+    stream = ask(connect(live), **fields, stream=True)
+    next(chunk for chunk in stream if chunk.choices[0].delta.content)
+    assert not at_rest(live)
+    stream.close()
+
+
+def leave_by_timeout(live: Live, fields: dict[str, Any]) -> None:
+    with pytest.raises(openai.APITimeoutError):
+        ask(connect(live, timeout=0.3), **fields)
+
+
+def leave_by_reset(live: Live, fields: dict[str, Any]) -> None:
+    """As a process that is killed."""
+    connection = http.client.HTTPConnection(live.url.removeprefix("http://"))
+    body = json.dumps({"stream": True, **fields})
+    connection.request("POST", "/v1/chat/completions", body, {"Content-Type": "application/json"})
+    until(lambda: not at_rest(live))
+    linger = (1).to_bytes(4, "little") + bytes(4)
+    connection.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+    connection.close()
+
+
+def leave_task(live: Live, fields: dict[str, Any]) -> None:
+    async def cancel() -> None:
+        async with connect_async(live) as client:
+            task = asyncio.create_task(ask(client, **fields))
+            while at_rest(live):
+                await asyncio.sleep(0.01)
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+
+    asyncio.run(cancel())
+
+
+WAYS = [leave_stream, leave_by_timeout, leave_by_reset, leave_task]
+
+
+@pytest.mark.parametrize("leave", WAYS)
+@pytest.mark.parametrize("n", [1, 3])
+def test_whoever_leaves_takes_the_request_along(
+    live: Live,
+    client: Any,
+    demo: Qwen3VL,
+    scene: Image,
+    leave: Callable[[Live, dict[str, Any]], None],
+    n: int,
+) -> None:
+    asked = asking(image_url(data_uri(scene.resize((128, 128)))), QUESTION)
+    before = memory(live)
+    finished = demo.engine.stats.load.finished
+    leave(live, {"messages": asked, "n": n, **LONG})
+    until(lambda: at_rest(live), 1)
+    assert demo.engine.stats.load.finished == finished + n
+    assert memory(live) <= before + 2**16
+    assert joined(ask(client, asking("Hello"), max_tokens=4, stream=True))
+
+
+def test_whoever_leaves_while_waiting(serve: Callable[..., Qwen3VL]) -> None:
+    model = serve(max_batch=1)
+    with live_server(model) as live:
+        with busy(model):
+            for leave in WAYS[1:]:
+                leave(live, {"messages": HELLO, "n": 2, **LONG})
+                until(lambda: live.serving.host.status().users == 0, 1)
+        until(lambda: at_rest(live), 1)
+
+
+@pytest.mark.parametrize("leave", [leave_by_timeout])
+def test_whoever_leaves_while_a_picture_is_fetched(
+    live: Live, slow_picture: str, leave: Callable[[Live, dict[str, Any]], None]
+) -> None:
+    leave(live, {"messages": asking(image_url(slow_picture), text("What?"))})
+    until(lambda: at_rest(live), 1)
+    assert Slow.left.wait(1)
+
+
+def test_others_answer_as_ever(live: Live, client: Any, scene: Image) -> None:
+    asked = asking(image_url(data_uri(scene.resize((256, 256)))), QUESTION)
+    alone = said_by(ask(client, asked))
+    assert alone == TRUTH
+    with ThreadPoolExecutor() as pool:
+        left = [
+            pool.submit(leave_stream, live, {"messages": asked, "n": 2, **LONG}) for _ in range(3)
+        ]
+        stayed = [pool.submit(ask, client, asked) for _ in range(4)]
+        assert [said_by(answer.result()) for answer in stayed] == [alone] * 4
+        for each in left:
+            each.result()
+    until(lambda: at_rest(live), 1)
