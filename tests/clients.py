@@ -21,11 +21,11 @@ Messages: TypeAlias = "list[dict[str, Any]]"
 
 def connect(live: Live, **options: Any) -> Any:
     """OpenAI's client, which does not try again by itself."""
-    return openai.OpenAI(**_options(live), **options)
+    return openai.OpenAI(**{**_options(live), **options})
 
 
 def connect_async(live: Live, **options: Any) -> Any:
-    return openai.AsyncOpenAI(**_options(live), **options)
+    return openai.AsyncOpenAI(**{**_options(live), **options})
 
 
 def _options(live: Live) -> dict[str, Any]:

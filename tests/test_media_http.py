@@ -364,11 +364,15 @@ def test_every_redirection_is_checked(
 
 
 @pytest.mark.parametrize(("most", "hops"), [(0, 0), (1, 1), (3, 3)])
-def test_redirections_are_counted(most: int, hops: int, public: str) -> None:
+def test_redirections_are_counted(most: int, hops: int, public: str, network: Network) -> None:
     direct = f"{public}/hops/{hops - 1}" if hops else f"{public}/a.png"
     assert fetch_public(direct, max_redirects=most) == PNG
     with pytest.raises(ImageError, match="redirects too often"):
         fetch_public(f"{public}/hops/{hops}", max_redirects=most)
+    network.connected.clear()
+    with pytest.raises(ImageError, match="redirects too often"):
+        fetch_public(f"{public}/loop", max_redirects=most)
+    assert len(network.connected) <= most + 1
 
 
 def test_no_proxy_is_asked_on_behalf_of_public_addresses(

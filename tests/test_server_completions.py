@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import itertools
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from clients import at_rest, connect, until
 from hypothesis import given
 from hypothesis import strategies as st
 from law import INPUTS
@@ -51,12 +51,9 @@ def live(demo: Qwen3VL) -> Iterator[Live]:
 @pytest.fixture
 def client(live: Live) -> Iterator[Any]:
     """OpenAI's client. At the end nobody holds the model any more."""
-    with openai.OpenAI(api_key="none", base_url=f"{live.url}/v1", max_retries=0) as client:
+    with connect(live) as client:
         yield client
-    deadline = time.monotonic() + 10
-    while live.serving.host.status().users or live.serving.host.model.engine.busy:
-        assert time.monotonic() < deadline, "an answer or a lease was left open"
-        time.sleep(0.01)
+    until(lambda: at_rest(live))
 
 
 def texts(completion: Any) -> list[str]:
@@ -382,7 +379,7 @@ def test_a_reader_who_leaves_frees_the_model(client: Any, live: Live) -> None:
     with client.completions.create(prompt=["A", "The"], n=2, stream=True, **endless, **DRAWN) as s:
         next(iter(s))
         assert live.serving.host.status().users == 1
-    # `client` waits until the engine is idle
+    # `client` waits until all is at rest
 
 
 # ---- refusals

@@ -7,6 +7,7 @@ import base64
 import io
 import json
 import shutil
+import time
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
@@ -39,6 +40,10 @@ CALL = '<tool_call>\n{"name": "zoom", "arguments": {"x": 5}}\n</tool_call>'
 def live(demo: Qwen3VL) -> Iterator[Live]:
     with live_server(demo) as live:
         yield live
+        deadline = time.monotonic() + 5
+        while live.serving.host.status().users:  # nobody may keep the model
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
 
 
 @pytest.fixture(scope="module")

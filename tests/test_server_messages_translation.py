@@ -185,6 +185,7 @@ def test_failures_name_what_the_client_sent() -> None:
     assert told("messages[4].content[0] is bad, messages[0] is not") == (
         "messages[2].content[1] is bad, system[0] is not"
     )
+    assert told("messages[2] is") == "messages[1] is"
     assert told("reasoning_effort is") == "output_config.effort is"
 
 
@@ -302,6 +303,7 @@ def test_events_add_up_to_the_blocks(chunks: list[Chunk], shown: bool) -> None:
                 blocks[-1]["input"] = json.loads(event["delta"]["partial_json"])
             else:
                 name = kind.removesuffix("_delta")
+                assert event["delta"][name]
                 blocks[-1][name] += event["delta"][name]
     assert not open_block
     assert blocks == content_blocks(chunks, "s", shows_thinking=shown)

@@ -185,7 +185,7 @@ def test_what_cannot_be_is_refused_by_name(
         with pytest.raises(openai.APIStatusError) as caught:
             client.responses.create(**{"input": "Hi", **fields}, stream=stream)
         assert caught.value.status_code == status
-        assert caught.value.param.removesuffix(".str") == param
+        assert caught.value.param == param
         assert caught.value.type == "invalid_request_error"
 
 
@@ -201,6 +201,15 @@ def test_unknown_fields_are_told_of(client: Any) -> None:
         input="Hi", max_output_tokens=1, extra_body={"top_kk": 5}
     )
     assert "top_kk" in raw.headers["x-qwen3vl-warning"]
+
+
+def test_old_turns_are_dropped_only_where_asked(client: Any, demo: Qwen3VL) -> None:
+    old = user({"type": "input_text", "text": "7" * demo.context_length})
+    asked: dict[str, Any] = {"input": [old, user()], "max_output_tokens": 1}
+    assert client.responses.create(**asked, truncation="auto").usage.input_tokens < 100
+    for fields in ({}, {"truncation": "disabled"}):
+        with pytest.raises(openai.BadRequestError, match="context"):
+            client.responses.create(**asked, **fields)
 
 
 # Failures.

@@ -320,12 +320,19 @@ def test_idle_connections_beyond_the_usual_limit_hold_nobody_up(
         assert server.status() == 0
 
 
-def test_a_script_that_forgets_its_host_ends_well() -> None:
+def test_a_script_that_ends_while_it_loads_ends_well() -> None:
     script = """
-from functools import partial
-from qwen3vl_mlx import load
+import time
+import mlx.core as mx
 from qwen3vl_mlx.server.host import ModelHost
-ModelHost(partial(load, "demo"), ["tiny"]).start()
+
+def computing():
+    until = time.monotonic() + 1
+    while time.monotonic() < until:
+        mx.eval(mx.random.normal((256, 256)) @ mx.random.normal((256, 256)))
+    raise ValueError("enough")
+
+ModelHost(computing, ["tiny"]).start()
 """
     assert Process("-c", script).status() == 0
 

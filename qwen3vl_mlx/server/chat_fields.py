@@ -175,6 +175,13 @@ class ChatFields(SamplingFields):
                 param="n",
                 code="invalid_value",
             )
+        if self.max_completion_tokens is not None and self.max_completion_tokens < 1:
+            raise ApiError(
+                400,
+                f"max_completion_tokens must be at least 1, got {self.max_completion_tokens}",
+                param="max_completion_tokens",
+                code="invalid_value",
+            )
         template = self.chat_template_kwargs or TemplateOptions()
         most = _one_of(max_tokens=self.max_tokens, max_completion_tokens=self.max_completion_tokens)
         return Question(

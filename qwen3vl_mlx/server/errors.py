@@ -73,7 +73,8 @@ def anthropic_error(error: ApiError) -> dict[str, Any]:
     """The body that Anthropic's clients read."""
     kind = "api_error" if error.status >= 500 else "invalid_request_error"
     kind = _ANTHROPIC_KINDS.get(error.status, kind)
-    return {"type": "error", "error": {"type": kind, "message": error.text}}
+    details = {"details": {"error_code": error.code}} if error.code else {}
+    return {"type": "error", "error": {"type": kind, "message": error.text, **details}}
 
 
 def as_api_error(error: BaseException, fields: Collection[str] = ()) -> ApiError:
