@@ -14,7 +14,7 @@ from qwen3vl_mlx.engine.grammar import Grammar, parse_grammar
 from qwen3vl_mlx.engine.penalties import breaker_tokens
 from qwen3vl_mlx.engine.request import Request
 from qwen3vl_mlx.engine.sampling import SamplingParams
-from qwen3vl_mlx.errors import InputError, TooLongError
+from qwen3vl_mlx.errors import InputError, PromptError, TooLongError
 from qwen3vl_mlx.processing.processor import MaxPixels, Messages, Processor
 from qwen3vl_mlx.processing.prompt import Prompt
 from qwen3vl_mlx.processing.truncation import shorten
@@ -117,6 +117,8 @@ class Asking:
     ) -> Request:
         """What the engine runs. tools: whether calls are to be read from the answer."""
         self._check(params, grammar, timeout)
+        if not len(prompt.token_ids):
+            raise PromptError("the prompt is empty: there is no token to go on from")
         room = self.context_length - len(prompt.token_ids)
         return Request(
             prompt=prompt,

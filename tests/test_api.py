@@ -273,3 +273,9 @@ def test_a_bad_preprocessor_config_is_named(values: dict[str, Any], tmp_path: Pa
     path.write_text(json.dumps(json.loads(path.read_text()) | values))
     with pytest.raises(ConfigError, match=next(iter(values))):
         load(folder)
+
+
+def test_an_empty_prompt_is_refused(demo: Qwen3VL) -> None:
+    nothing = demo.processor.layout([], ())
+    with pytest.raises(PromptError, match="empty"):
+        demo.asking.request(nothing, demo.default_params, tools=False, started=0.0)

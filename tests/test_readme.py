@@ -63,8 +63,9 @@ def run(command: list[str], place: Path) -> subprocess.CompletedProcess[str]:
 def server(place: Path) -> Iterator[str]:
     """Where the server that the examples talk to listens: `localhost:PORT`."""
     pytest.importorskip("fastapi")
-    options = ["--model", "demo", "--port", "0", "--enable-re-isq", "--image-root", str(ROOT)]
-    command = [sys.executable, "-m", "qwen3vl_mlx.server", *options]
+    options = ["--model", "demo", "--port", "0", "--enable-re-isq"]
+    roots = ["--image-root", str(place), "--image-root", str(ROOT)]
+    command = [sys.executable, "-m", "qwen3vl_mlx.server", *options, *roots]
     with subprocess.Popen(command, cwd=place, stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr is not None
         said = ""

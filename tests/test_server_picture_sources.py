@@ -53,6 +53,11 @@ def web() -> Iterator[ThreadingHTTPServer]:
             self.server.asked += 1
             if self.path == "/slow":
                 self.server.slow.wait(30)
+            if self.path == "/hop":
+                self.send_response(302)
+                self.send_header("Location", "/a.png")
+                self.send_header("Content-Length", "0")
+                return self.end_headers()
             body = self.server.pictures.pop(0) if self.server.pictures else PNG
             with suppress(OSError):  # the client may have gone
                 self.send_response(200)
@@ -87,6 +92,9 @@ def test_the_options_reach_the_download(web: Any) -> None:
         cut(f"{web.url}/a.png", allow_private_urls=True, max_download_bytes=10)
     with pytest.raises(ImageError, match=r"timed out after 0.2 s"):
         cut(f"{web.url}/slow", allow_private_urls=True, download_timeout=0.2)
+    cut(f"{web.url}/hop", allow_private_urls=True, max_redirects=1)
+    with pytest.raises(ImageError, match="redirects too often"):
+        cut(f"{web.url}/hop", allow_private_urls=True, max_redirects=0)
     web.pictures.append(b"<html>")
     with pytest.raises(UnsupportedImageError):
         cut(f"{web.url}/a.png", allow_private_urls=True)
@@ -163,8 +171,21 @@ async def until(condition: Callable[[], bool]) -> None:
         await asyncio.sleep(0.005)
 
 
-def no_fetchers() -> bool:
-    return not [each for each in threading.enumerate() if each.name.startswith("fetch")]
+@pytest.fixture
+def fetching(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The URLs in download."""
+    urls: list[str] = []
+    real = pictures.fetch
+
+    def fetch(url: str, *args: Any, **options: Any) -> bytes:
+        urls.append(url)
+        try:
+            return real(url, *args, **options)
+        finally:
+            urls.remove(url)
+
+    monkeypatch.setattr(pictures, "fetch", fetch)
+    return urls
 
 
 def test_the_loop_goes_on_while_several_pictures_are_decoded(
@@ -195,32 +216,35 @@ def test_the_loop_goes_on_while_several_pictures_are_decoded(
     asyncio.run(run())
 
 
-def test_whoever_stops_waiting_frees_the_threads(web: Any) -> None:
+def test_whoever_stops_waiting_frees_the_threads(web: Any, fetching: list[str]) -> None:
     async def run() -> None:
         reader = Pictures(ServerOptions(allow_private_urls=True, download_timeout=60))
         slow = [f"{web.url}/slow#{i}" for i in range(40)]
         task = asyncio.create_task(reader.read(images(*slow), PROCESSOR, Look()))
         await until(lambda: web.asked == 4)
         await asyncio.sleep(0.05)
-        assert web.asked == 4  # one request does not take all threads there are
+        assert len(fetching) == 4  # one request does not take all threads there are
         await reader.read(images(uri(PNG), f"{web.url}/a.png"), PROCESSOR, Look())
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
-        reader.close()
-        await until(no_fetchers)
+        await until(lambda: not fetching)
         assert web.asked == 5
+        reader.close()
 
     asyncio.run(run())
 
 
-def test_one_failure_ends_the_rest(web: Any) -> None:
+def test_one_failure_ends_the_rest(web: Any, fetching: list[str]) -> None:
     async def run() -> None:
         reader = Pictures(ServerOptions(allow_private_urls=True, download_timeout=60))
-        with pytest.raises(InputError, match=r"^messages\[1\]"):
-            await reader.read(images(f"{web.url}/slow", uri(b"")), PROCESSOR, Look())
+        slow = [f"{web.url}/slow#{i}" for i in range(20)]
+        with pytest.raises(InputError, match=r"^messages\[0\]"):
+            await reader.read(images(uri(b""), *slow), PROCESSOR, Look())
+        await until(lambda: not fetching)
+        await asyncio.sleep(0.05)
+        assert web.asked < 8
         reader.close()
-        await until(no_fetchers)
 
     asyncio.run(run())
 

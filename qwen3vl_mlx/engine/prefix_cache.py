@@ -247,6 +247,8 @@ class PrefixCache:
 
     def clear(self) -> None:
         """Forget every entry, on disk too (`shrink(0)`: in memory only)."""
+        for node in self._order:
+            node.parent = None  # a ring of nodes would keep its memory until a garbage collection
         self._root.children.clear()
         self._order.clear()
         self._counts.nbytes = self._counts.tokens = 0

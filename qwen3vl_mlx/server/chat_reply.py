@@ -28,9 +28,10 @@ _TIMES = (
 
 def fingerprint(answers: Answers) -> str:
     """The same as long as model, weights and program are."""
-    source = answers.loaded.source
-    quantized = answers.loaded.model.config.quantization
-    text = f"{source.repo_id or source.folder.name} {source.commit} {quantized} {__version__}"
+    loaded = answers.loaded
+    name = loaded.source.repo_id or loaded.source.folder.name
+    weights = loaded.engine.scheduler.admission.weights  # bytes: what quantizing anew changes
+    text = f"{name} {loaded.source.commit} {weights} {__version__}"
     return "fp_" + hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
