@@ -213,6 +213,11 @@ def test_keys(locked: TestClient, headers: dict[str, str], allowed: bool) -> Non
             assert KEY not in response.text
 
 
+def test_a_missing_key_is_told_from_a_wrong_one(locked: TestClient) -> None:
+    assert "needs an API key" in locked.get("/echo").text
+    assert "wrong API key" in locked.get("/echo", headers={"x-api-key": "wrong"}).text
+
+
 def test_what_is_open_without_a_key(locked: TestClient) -> None:
     for path in ("/health", "/", "/docs", "/openapi.json", "/docs/files/swagger-ui.css"):
         assert locked.get(path).status_code != 401, path

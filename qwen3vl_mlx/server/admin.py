@@ -8,7 +8,7 @@ from typing import Any
 
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
-from pydantic import ConfigDict, Field
+from pydantic import Field
 
 from qwen3vl_mlx import __version__
 from qwen3vl_mlx.api import Qwen3VL
@@ -32,8 +32,6 @@ _RETRY_SEC = "5"
 
 class ReIsqFields(Fields):
     """What to quantize the model to: the same under mistral.rs's name or ours."""
-
-    model_config = ConfigDict(json_schema_extra={"example": {"quantize": "8bit"}})
 
     quantize: str | None = Field(None, description='"4bit", "mxfp4", "mixed_3_6", "q4k", "auto"')
     ggml_type: str | None = Field(None, description='The same, as in mistral.rs: "Q4K"')

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar, Final, Literal
+from typing import Any, ClassVar, Literal
 
-from pydantic import ConfigDict, Field
+from pydantic import Field
 
 from qwen3vl_mlx.asking import Form, Look
 from qwen3vl_mlx.processing.processor import Messages
 from qwen3vl_mlx.server.errors import ApiError
-from qwen3vl_mlx.server.examples import PICTURE
 from qwen3vl_mlx.server.fields import Fields
 from qwen3vl_mlx.server.question import Question, Thinking
 
@@ -82,26 +81,8 @@ class SamplingFields(Fields):
         return {**wishes, "max_tokens": self.max_tokens, "logit_bias": _bias(self.logit_bias)}
 
 
-_EXAMPLE: Final[dict[str, Any]] = {
-    "model": "default",
-    "messages": [
-        {
-            "role": "user",
-            "content": [
-                {"type": "image_url", "image_url": {"url": PICTURE}},
-                {"type": "text", "text": "What is this?"},
-            ],
-        }
-    ],
-    "max_tokens": 64,
-    "temperature": 0,
-}
-
-
 class ChatFields(SamplingFields):
     """A chat request. Only `messages` is required."""
-
-    model_config = ConfigDict(json_schema_extra={"example": _EXAMPLE})
 
     messages: str | list[dict[str, Any]] = Field(
         description="Chat messages; content is a text or a list of parts, in any order: "

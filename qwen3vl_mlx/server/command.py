@@ -6,6 +6,7 @@ import argparse
 import ipaddress
 import os
 import re
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -99,7 +100,7 @@ def _add_pictures(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--allow-private-urls",
         action="store_true",
-        help="also fetch pictures from this machine and its network",
+        help="also fetch pictures from this machine and its network, from any port, by proxy",
     )
     group.add_argument("--max-images", type=int, default=_DEFAULTS.max_images, metavar="N")
     group.add_argument(
@@ -247,12 +248,12 @@ def api_keys(args: argparse.Namespace) -> tuple[str, ...]:
 
 
 def image_roots(given: Sequence[str] | None, local: bool) -> tuple[Path, ...]:
-    """The folders whose files clients may name, symlinks resolved. Raises InputError."""
+    """The folders whose files clients may name. Raises InputError."""
     if given is None:
-        return (Path.home().resolve(),) if local else ()
+        return (Path.home(),) if local else ()
     if given == ["none"]:
         return ()
-    roots = [Path(name).expanduser().resolve() for name in given]
+    roots = [Path(name).expanduser().absolute() for name in given]
     for root in roots:
         if not root.is_dir():
             raise InputError(f"--image-root {root} is not a folder")
@@ -299,6 +300,8 @@ def serve(args: argparse.Namespace) -> None:
     from qwen3vl_mlx.server.start import new_serving
 
     model = args.model or hub.default_model()
+    # Pillow has one for every bad tag of a TIFF file.
+    warnings.filterwarnings("ignore", category=UserWarning, module="PIL")
     hub.local_folder(model, args.revision)  # a wrong name is told now, not by every request
     engine = engine_options(args)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
-from pydantic import ConfigDict, Field
+from pydantic import Field
 
 from qwen3vl_mlx.server.chat_fields import MOST_ANSWERS, SamplingFields, StreamOptions
 from qwen3vl_mlx.server.errors import ApiError
@@ -15,10 +15,6 @@ _DEFAULT_MAX_TOKENS = 16  # OpenAI's: a raw prompt rarely ends by itself
 
 class CompletionFields(SamplingFields):
     """A prompt to be continued as it stands."""
-
-    model_config = ConfigDict(
-        json_schema_extra={"example": {"prompt": "A red", "max_tokens": 4, "temperature": 0}}
-    )
 
     prompt: str | list[str] | list[int] | list[list[int]] | None = Field(
         None,

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar, Final, Literal, TypeAlias
+from typing import Annotated, Any, ClassVar, Literal, TypeAlias
 
-from pydantic import BeforeValidator, ConfigDict, Discriminator, Field, Tag
+from pydantic import BeforeValidator, Discriminator, Field, Tag
 
 from qwen3vl_mlx.processing.processor import MaxPixels
-from qwen3vl_mlx.server.examples import PICTURE
 from qwen3vl_mlx.server.fields import Fields
 
 _SAMPLING = (
@@ -20,19 +19,6 @@ _SAMPLING = (
     "repetition_penalty",
     "seed",
 )
-
-_EXAMPLE: Final[dict[str, Any]] = {
-    "model": "default",
-    "messages": [
-        {
-            "role": "user",
-            "content": [
-                {"type": "image", "source": {"type": "url", "url": PICTURE}},
-                {"type": "text", "text": "Describe the image."},
-            ],
-        }
-    ],
-}
 
 
 def _one_of(*types: str) -> Discriminator:
@@ -208,8 +194,6 @@ class Metadata(Fields):
 class CountBody(Fields):
     """The body of /v1/messages/count_tokens, and what /v1/messages has in common with it."""
 
-    model_config = ConfigDict(json_schema_extra={"example": _EXAMPLE})
-
     model: str
     messages: Annotated[list[Message], Field(min_length=1)]
     system: Annotated[
@@ -232,8 +216,6 @@ class CountBody(Fields):
 
 class MessagesBody(CountBody):
     """The body of /v1/messages. Sampling fields are Anthropic's, and this package's own."""
-
-    model_config = ConfigDict(json_schema_extra={"example": {**_EXAMPLE, "max_tokens": 64}})
 
     max_tokens: int
     stream: bool | None = None

@@ -19,7 +19,7 @@ class ServerOptions:
     cors_origins: tuple[str, ...] = ()
     allowed_hosts: tuple[str, ...] = ()  # names this server is reached by, beside its own
     # Pictures
-    image_roots: tuple[Path, ...] = ()  # folders whose files may be named, symlinks resolved
+    image_roots: tuple[Path, ...] = ()  # folders whose files may be named
     allow_private_urls: bool = False
     max_images: int = 64  # of one request
     max_image_pixels: int = 100_000_000  # of one picture as it is sent

@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Literal
 
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
-from pydantic import ConfigDict, Field
+from pydantic import Field
 
 from qwen3vl_mlx.api import Qwen3VL
 from qwen3vl_mlx.asking import Look
@@ -46,8 +46,6 @@ def check_token_ids(name: str, token_ids: Sequence[int], vocab_size: int) -> Non
 class TokenizeFields(Fields):
     """A text, or a conversation with pictures as /v1/chat/completions takes it."""
 
-    model_config = ConfigDict(json_schema_extra={"example": {"prompt": "What is 3 + 4?"}})
-
     model: str | None = None
     prompt: str | None = Field(None, description="A text, without a chat template")
     messages: list[dict[str, Any]] | None = Field(None, description="Chat messages")
@@ -68,8 +66,6 @@ class TokenizeFields(Fields):
 
 class DetokenizeFields(Fields):
     """Tokens to be read."""
-
-    model_config = ConfigDict(json_schema_extra={"example": {"tokens": [50, 51, 52]}})
 
     model: str | None = None
     tokens: list[int]
@@ -101,10 +97,6 @@ class ImageFields(Fields):
 
 class ImageTokensFields(Fields):
     """Pictures whose cost is asked for."""
-
-    model_config = ConfigDict(
-        json_schema_extra={"example": {"images": [{"width": 4032, "height": 3024}]}}
-    )
 
     model: str | None = None
     images: list[ImageFields] = Field(min_length=1, description="Pictures or sizes")
