@@ -66,9 +66,10 @@ class Asking:
         )
         if len(prompt.token_ids) >= self.context_length:
             raise TooLongError(
-                f"the prompt has {len(prompt.token_ids)} tokens and the model's context holds "
-                f"{self.context_length}, answer included; shorten it or lower max_pixels, or let "
-                "truncate drop the oldest turns"
+                # Clients know these words, and shorten what they send.
+                f"prompt is too long: {len(prompt.token_ids)} tokens, and the model's context "
+                f"holds {self.context_length}, answer included; shorten it or lower max_pixels, "
+                "or let truncate drop the oldest turns"
             )
         return prompt
 

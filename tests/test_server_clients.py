@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import pytest
 from asking import OTHER_TRUTH, QUESTION, TRUTH, script
+from asking import about as seen
 from clients import at_rest, base64_of, data_uri, until
 from live import Live, live_server
 from PIL.Image import Image
 
 pytest.importorskip("llguidance")
-langchain_openai = pytest.importorskip("langchain_openai")
+pytest.importorskip("langchain_openai")
 
 from langchain_core.messages import AIMessage, HumanMessage, SystemMessage, ToolMessage
 from langchain_core.prompts import ChatPromptTemplate
 from langchain_core.tools import tool
-from pydantic import BaseModel, Field
+from langchain_openai import ChatOpenAI
+from pydantic import BaseModel, ConfigDict, Field
 
 from qwen3vl_mlx import Qwen3VL
 
@@ -36,7 +38,7 @@ def chat(live: Live) -> Any:
 
 
 def chat_of(live: Live, **options: Any) -> Any:
-    return langchain_openai.ChatOpenAI(
+    return ChatOpenAI(
         model="default",
         api_key="any",
         base_url=f"{live.url}/v1",
@@ -92,9 +94,16 @@ def test_stream(chat: Any, scene: Image) -> None:
     }
 
 
-def test_conversation_chain_and_batch(chat: Any, scene: Image, other_scene: Image) -> None:
-    turns = [SystemMessage("Be brief."), about(scene), AIMessage(TRUTH), about(other_scene)]
+def test_conversation_chain_and_batch(
+    chat: Any, demo: Qwen3VL, scene: Image, other_scene: Image
+) -> None:
+    turns = [about(scene), AIMessage(TRUTH), about(other_scene)]
     assert chat.invoke(turns).content == OTHER_TRUTH
+    whole = [{"role": "system", "content": "Be brief."}, *seen(scene)]
+    expected = demo.generate(whole)
+    answer = chat.invoke([SystemMessage("Be brief."), about(scene)])
+    assert answer.content == expected.text
+    assert answer.usage_metadata["input_tokens"] == expected.usage.prompt_tokens
     answers = chat.batch([[about(scene)], [about(other_scene)], [about(scene)]])
     assert [answer.content for answer in answers] == [TRUTH, OTHER_TRUTH, TRUTH]
     picture = {"type": "image_url", "image_url": {"url": "{picture}"}}
@@ -115,7 +124,7 @@ def test_asynchronous(chat: Any, scene: Image, other_scene: Image) -> None:
 
 
 @tool
-def zoom(x: int) -> str:
+def zoom(x: Annotated[int, Field(ge=0, le=9)]) -> str:
     """Look closer."""
     return f"closer to {x}"
 
@@ -154,14 +163,16 @@ def test_a_tool_that_must_be_called(chat: Any) -> None:
 class Scene(BaseModel):
     """What is to be seen."""
 
+    model_config = ConfigDict(extra="forbid")
+
     background: Literal["blue", "green", "red"]
     corners: int = Field(ge=0, le=9)
 
 
 @pytest.mark.parametrize("method", ["json_schema", "function_calling"])
 def test_structured_output(chat: Any, scene: Image, method: str) -> None:
-    found = chat.with_structured_output(Scene, method=method).invoke([about(scene)])
-    assert isinstance(found, Scene)
+    structured = chat.with_structured_output(Scene, method=method, strict=True)
+    assert isinstance(structured.invoke([about(scene)], max_tokens=500), Scene)
 
 
 def test_a_conversation_that_is_too_long(chat: Any) -> None:

@@ -43,9 +43,9 @@ def shorten(
     if shortest > limit:
         what = "the system message and the last turn" if high else "the only turn"
         raise TooLongError(
-            f"{what} alone take {shortest:,} tokens, and {limit:,} of the context are left for "
-            "the prompt; shorten the text, send fewer or smaller pictures (max_pixels), or lower "
-            "max_tokens"
+            f"prompt is too long: {what} alone take {shortest:,} tokens, and {limit:,} of the "
+            "context are left for the prompt; shorten the text, send fewer or smaller pictures "
+            "(max_pixels), or lower max_tokens"
         )
     while low < high:
         middle = (low + high) // 2

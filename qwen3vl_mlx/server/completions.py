@@ -114,8 +114,8 @@ def _token_ids(
         ids = ids[-(context - min(fields.room, context // 4)) :]
     if len(ids) >= context:
         raise _refused(
-            f"prompt has {len(ids)} tokens and the model's context holds {context}, answer "
-            "included; shorten it, or let truncate_sequence drop its beginning",
+            f"prompt is too long: {len(ids)} tokens, and the model's context holds {context}, "
+            "answer included; shorten it, or let truncate_sequence drop its beginning",
             "context_length_exceeded",
         )
     return ids

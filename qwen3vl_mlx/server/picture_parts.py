@@ -67,6 +67,8 @@ def _wanted(
     detail = part.get("detail")
     if isinstance(source, Mapping):
         detail = source.get("detail", detail)
+        within = {name: source.get(name) for name in ("min_pixels", "max_pixels")}
+        part = {**part, **{name: value for name, value in within.items() if value is not None}}
         source = source.get("url")
     if isinstance(source, VisualInput):
         return source
