@@ -114,6 +114,7 @@ def code(response: Any) -> str | None:
         ("localhost.stranger.example", False),
         ("127.0.0.1.stranger.example", False),
         ("mac.local.stranger.example", False),
+        ("stranger.example@127.0.0.1", False),
         ("[::1", False),
         ("", False),
     ],
@@ -376,7 +377,7 @@ def test_request_ids(client: TestClient) -> None:
         ("GET", "/echo", 200),
         ("GET", "/nowhere", 404),
         ("PUT", "/echo", 405),
-        ("POST", "/echo", 415),
+        ("POST", "/echo", 400),
         ("GET", "/fail", 500),
     ],
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import http.client
 import json
+import logging
 import os
 import re
 import resource
@@ -380,6 +381,32 @@ def test_all_addresses_of_a_name_get_one_port() -> None:
     finally:
         for each in sockets:
             each.close()
+
+
+def test_answers_do_not_wait_for_the_client_s_system() -> None:
+    """asyncio sets TCP_NODELAY on connections whose listening socket says that it is TCP."""
+    (listening,) = run.listen("127.0.0.1", 0)
+    with listening:
+        assert listening.proto == socket.IPPROTO_TCP
+
+
+@pytest.mark.parametrize(
+    ("line", "shown"),
+    [
+        ('127.0.0.1:5 - "GET /health HTTP/1.1" 200', False),
+        ('127.0.0.1:5 - "HEAD /health HTTP/1.1" 200', False),
+        ('127.0.0.1:5 - "GET /metrics HTTP/1.1" 200', False),
+        ('127.0.0.1:5 - "GET /health HTTP/1.1" 503', True),
+        ('127.0.0.1:5 - "GET /healthy HTTP/1.1" 200', True),
+        ('127.0.0.1:5 - "POST /v1/messages HTTP/1.1" 200', True),
+    ],
+)
+def test_polls_are_not_logged(line: str, shown: bool) -> None:
+    (hides,) = run._log_config(False)["loggers"]["uvicorn.access"]["filters"]
+    hidden = run._log_config(False)["filters"][hides]["()"]()
+    record = logging.makeLogRecord({"msg": line})
+    assert hidden.filter(record) is shown
+    assert not run._log_config(True)["loggers"]["uvicorn.access"]["filters"]
 
 
 @pytest.mark.parametrize("host", ["[::1]", "::1"])

@@ -288,6 +288,8 @@ def test_health_tells_loading_from_ready(demo: Qwen3VL) -> None:
         later = client.get("/health")
         assert (later.status_code, later.json()["status"]) == (200, "ready")
         assert later.json()["model"] == NAME
+        probe = client.head("/health")
+        assert (probe.status_code, probe.content) == (200, b"")
 
 
 def test_health_tells_why_there_is_no_model() -> None:

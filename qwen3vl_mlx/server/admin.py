@@ -62,6 +62,7 @@ def _model(serving: Serving, name: str) -> dict[str, Any]:
     }
 
 
+@router.head("/health", include_in_schema=False)
 @router.get("/health", tags=["Server"])
 async def health(serving: ServingOf) -> Response:
     """What the model is doing, and for how many seconds.

@@ -57,7 +57,6 @@ def create_app(serving: Serving) -> FastAPI:
         RequestValidationError: _misshapen,
         HTTPException: _http_failed,
         ClientGoneError: _left,
-        Exception: _failed,
     }
     for kind, handler in handlers.items():
         app.add_exception_handler(kind, handler)

@@ -32,7 +32,6 @@ _log = logging.getLogger(__name__)
 _OPEN_PATHS = {"/", "/health", "/docs", "/openapi.json"}  # need no key, as the files of /docs do
 _DOCS_FILES = "/docs/"
 _HARMLESS = {"GET", "HEAD", "OPTIONS"}  # change nothing, and answer no other origin
-_WITH_BODY = {"POST", "PUT", "PATCH"}
 _CLIENT_LEFT = 499
 _REQUEST_ID = re.compile(r"[\w.:/+=-]{1,128}", re.ASCII)
 
@@ -160,7 +159,7 @@ class Gate:
                 check_origin(headers, self.origins)
             if not _is_open(scope["path"]):
                 check_key(headers, self.api_keys)
-            if method in _WITH_BODY:
+            if _has_body(headers):
                 check_content(headers)
             check_length(int(headers.get("content-length", 0)), self.max_body_bytes)
         except ApiError as error:
@@ -173,7 +172,7 @@ def check_host(headers: Headers, hosts: Collection[str]) -> None:
     """Refuse names that are not this server's. Raises ApiError 403."""
     given = headers.get("host", "")
     try:
-        name = _plain(urlsplit(f"//{given}").hostname or "")
+        name = "" if "@" in given else _plain(urlsplit(f"//{given}").hostname or "")
     except ValueError:
         name = ""
     if name not in hosts and not _is_address(name):
@@ -269,6 +268,10 @@ def _is_address(host: str) -> bool:
     except ValueError:
         return False
     return True
+
+
+def _has_body(headers: Headers) -> bool:
+    return headers.get("content-length", "0") != "0" or "transfer-encoding" in headers
 
 
 def _is_open(path: str) -> bool:

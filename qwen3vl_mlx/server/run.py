@@ -6,6 +6,7 @@ import asyncio
 import errno
 import logging
 import os
+import re
 import resource
 import signal
 import socket
@@ -30,6 +31,8 @@ _LOAD_SEC = 2.0  # for a load, which cannot be interrupted
 _TWICE_SEC = 0.5  # a launcher may pass on a Ctrl-C that the terminal sent us too
 _NO_ADDRESS = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)
 _OPEN_FILES = (65536, 10240)  # the second is macOS's own bound
+
+_POLL = re.compile(r'"(GET|HEAD) /(health|metrics) HTTP/[\d.]+" 200$')
 
 _log = logging.getLogger(__name__)
 
@@ -124,7 +127,7 @@ def listen(host: str, port: int) -> list[socket.socket]:
     sockets: list[socket.socket] = []
     for family, address in dict.fromkeys((one[0], str(one[4][0])) for one in found):
         try:
-            sockets.append(socket.create_server((address, port), family=family))
+            sockets.append(_prompt(socket.create_server((address, port), family=family)))
         except OSError as error:
             if error.errno in _NO_ADDRESS:
                 continue  # "localhost" may have an IPv6 address where the machine has none
@@ -135,6 +138,15 @@ def listen(host: str, port: int) -> list[socket.socket]:
     if not sockets:
         raise InputError(f"host {host!r} is no address of this machine")
     return sockets
+
+
+def _prompt(listening: socket.socket) -> socket.socket:
+    """The same socket, known to be TCP: only then does asyncio set TCP_NODELAY on what it accepts.
+
+    Without that, every answer on a connection that is kept waits 40 ms for the client's system.
+    """
+    family, descriptor = listening.family, listening.detach()
+    return socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP, fileno=descriptor)
 
 
 def _cannot_listen(host: str, port: int, problem: OSError) -> Qwen3VLError:
@@ -176,6 +188,13 @@ class _Uncancelled(logging.Filter):
         return not (record.exc_info and isinstance(record.exc_info[1], asyncio.CancelledError))
 
 
+class _NotPolls(logging.Filter):
+    """Drops what is asked every few seconds, when it was answered as always."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return _POLL.search(record.getMessage()) is None
+
+
 def _log_config(debug: bool) -> dict[str, Any]:
     def level(name: str) -> dict[str, Any]:
         return {"handlers": ["stderr"], "level": name, "propagate": False}
@@ -186,7 +205,7 @@ def _log_config(debug: bool) -> dict[str, Any]:
         "formatters": {
             "line": {"format": "%(asctime)s %(levelname)s %(message)s", "datefmt": "%H:%M:%S"}
         },
-        "filters": {"uncancelled": {"()": _Uncancelled}},
+        "filters": {"uncancelled": {"()": _Uncancelled}, "not polls": {"()": _NotPolls}},
         "handlers": {
             "stderr": {
                 "class": "logging.StreamHandler",
@@ -196,7 +215,7 @@ def _log_config(debug: bool) -> dict[str, Any]:
         },
         "loggers": {
             "qwen3vl_mlx": level("DEBUG" if debug else "INFO"),
-            "uvicorn.access": level("INFO"),
+            "uvicorn.access": {**level("INFO"), "filters": [] if debug else ["not polls"]},
             "uvicorn.error": level("WARNING"),
         },
     }
