@@ -127,8 +127,30 @@ def test_clients_call_the_model_by_its_name(model: str, name: str) -> None:
     assert model_name(model) == name
 
 
-def test_a_wrong_option_ends_with_2_and_one_line(capsys: pytest.CaptureFixture[str]) -> None:
-    assert command.main(["--host", "0.0.0.0"]) == 2
+@pytest.mark.parametrize(
+    ("words", "status", "said"),
+    [
+        (["--host", "0.0.0.0"], 2, "--host 0.0.0.0"),
+        (["--quantize", "5bti"], 2, "no quantization '5bti'"),
+        (["--topology", "exceptions.yml"], 2, "--quantize"),
+        (["--topology", "/no/such.yml", "--quantize", "4bit"], 2, "/no/such.yml"),
+        (["--draft", "/no/such"], 1, "/no/such"),
+        (["--model", "/no/such"], 1, "/no/such"),
+        (["--kv-bits", "8", "--max-batch", "0"], 2, "max_batch"),
+    ],
+)
+def test_wrong_options_end_it_with_one_line(
+    words: list[str], status: int, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert command.main(["--model", "demo", *words]) == status
     error = capsys.readouterr().err
-    assert error.startswith("error: --host 0.0.0.0")
+    assert error.startswith("error: ")
+    assert said in error
     assert error.count("\n") == 1
+
+
+def test_a_server_open_to_others_goes_by_its_own_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("socket.gethostname", lambda: "Mac.lan")
+    opened = options("--host", "0.0.0.0", "--insecure", "--allowed-host", "vl.example")
+    assert opened.allowed_hosts == ("vl.example", "mac.lan", "mac", "mac.local")
+    assert options().allowed_hosts == ()

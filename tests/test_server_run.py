@@ -44,6 +44,7 @@ from starlette.routing import Route
 
 from qwen3vl_mlx import cli, load
 from qwen3vl_mlx.errors import CheckpointError
+from qwen3vl_mlx.server.options import ServerOptions
 from qwen3vl_mlx.server import run
 from qwen3vl_mlx.server.host import ModelHost
 
@@ -99,7 +100,7 @@ async def state(request):
 app = Starlette(routes=[
     Route("/ticks", stream), Route("/stuck", stuck), Route("/state", state, methods=["GET", "POST"])
 ])
-options = SimpleNamespace(host="127.0.0.1", port=port, shutdown_sec=seconds)
+options = ServerOptions(host="127.0.0.1", port=port, shutdown_sec=seconds)
 pictures = SimpleNamespace(close=lambda: None)
 serving = SimpleNamespace(options=options, host=host, pictures=pictures)
 sys.exit(cli.run(lambda: run.serve(app, serving)))

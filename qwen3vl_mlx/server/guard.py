@@ -210,6 +210,8 @@ def check_key(headers: Headers, api_keys: Sequence[bytes]) -> None:
     # All are compared, each in constant time: how long it takes tells nothing.
     if True not in [hmac.compare_digest(one, key) for one in given for key in api_keys]:
         problem = "wrong API key" if given else "this server needs an API key"
+        if not given and "authorization" in headers:
+            problem = "the Authorization header has no Bearer"
         raise ApiError(
             401,
             f"{problem}; send it as 'Authorization: Bearer KEY' or 'x-api-key: KEY'",

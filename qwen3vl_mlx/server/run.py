@@ -22,6 +22,7 @@ from qwen3vl_mlx.errors import InputError, Qwen3VLError
 if TYPE_CHECKING:
     from starlette.types import ASGIApp
 
+    from qwen3vl_mlx.server.options import ServerOptions
     from qwen3vl_mlx.server.serving import Serving
 
 _KEEP_ALIVE_SEC = 75  # longer than clients keep idle connections: theirs is the end to close
@@ -95,6 +96,8 @@ class _Server(uvicorn.Server):
         await super().startup(sockets)
         self.serving.host.start()
         _log.info("Listening on %s/v1 (docs: %s/docs; Ctrl-C stops)", self.url, self.url)
+        for line in _who_may_what(self.serving.options):
+            _log.info(line)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         seconds = self.serving.options.shutdown_sec
@@ -111,6 +114,19 @@ class _Server(uvicorn.Server):
         await asyncio.sleep(0.1)  # the last words are on their way
         for connection in list(self.server_state.connections):
             connection.transport.abort()
+
+
+def _who_may_what(options: ServerOptions) -> list[str]:
+    """What others than this machine, and the readers of its files, may do here."""
+    lines = []
+    if options.allowed_hosts:
+        keys = "with a key" if options.api_keys else "WITHOUT A KEY"
+        names = ", ".join(options.allowed_hosts)
+        lines.append(f"Others may ask {keys}, by address or as {names}")
+    if options.image_roots:
+        folders = ", ".join(map(str, options.image_roots))
+        lines.append(f"Clients may name picture files below {folders}")
+    return lines
 
 
 def listen(host: str, port: int) -> list[socket.socket]:
