@@ -63,9 +63,9 @@ def run(command: list[str], place: Path) -> subprocess.CompletedProcess[str]:
 def server(place: Path) -> Iterator[str]:
     """Where the server that the examples talk to listens: `localhost:PORT`."""
     pytest.importorskip("fastapi")
-    options = ["--model", "demo", "--port", "0", "--enable-re-isq"]
-    roots = ["--image-root", str(place), "--image-root", str(ROOT)]
-    command = [sys.executable, "-m", "qwen3vl_mlx.server", *options, *roots]
+    (_, start) = shell_lines("start")  # what it installs, the tests have
+    more = ["--port", "0", "--image-root", str(ROOT)]  # `place` holds a link to there
+    command = [sys.executable, *start.split()[1:], *more]
     with subprocess.Popen(command, cwd=place, stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr is not None
         said = ""
@@ -92,7 +92,8 @@ def test_shell_lines_work_as_written(line: str, place: Path) -> None:
 
 @pytest.mark.parametrize("line", shell_lines("server"))
 def test_the_server_answers_curl_as_written(line: str, server: str, place: Path) -> None:
-    done = run(["bash", "-c", line.replace("localhost:1234", server)], place)
+    line = line.replace("curl ", "curl --fail-with-body ").replace("localhost:1234", server)
+    done = run(["bash", "-c", line], place)
     assert done.returncode == 0, done.stderr + done.stdout
     assert done.stdout.strip()
 
