@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import partial
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property, lru_cache, partial
 from typing import Any
 
 from qwen3vl_mlx.engine.constraints import GrammarCompiler
@@ -15,11 +15,13 @@ from qwen3vl_mlx.engine.penalties import breaker_tokens
 from qwen3vl_mlx.engine.request import Request
 from qwen3vl_mlx.engine.sampling import SamplingParams
 from qwen3vl_mlx.errors import InputError, PromptError, TooLongError
+from qwen3vl_mlx.processing.lengths import CHARACTERS_PER_TOKEN, least_tokens
 from qwen3vl_mlx.processing.processor import MaxPixels, Messages, Processor
 from qwen3vl_mlx.processing.prompt import Prompt
 from qwen3vl_mlx.processing.truncation import shorten
 
 _ANSWER_ROOM = 1024  # tokens that truncation leaves for an answer of no stated length
+_SETS_OF_BREAKERS = 16  # kept as tokens
 
 
 @dataclass(frozen=True)
@@ -51,12 +53,13 @@ class Asking:
     eos_token_ids: frozenset[int]
     context_length: int
     vocab_size: int
-    _breakers: dict[tuple[str, ...], frozenset[int]] = field(default_factory=dict, repr=False)
 
     def prompt(
         self, messages: Messages, tools: Sequence[Mapping[str, Any]] | None, look: Look
     ) -> Prompt:
         """Lay out messages as they are. Raises TooLongError where they fill the context."""
+        if least_tokens(messages, tools) >= self.context_length:
+            raise self._too_long(f"over {CHARACTERS_PER_TOKEN * self.context_length:,} characters")
         prompt = self.processor.prompt(
             messages,
             tools=tools,
@@ -65,13 +68,16 @@ class Asking:
             add_vision_id=look.add_vision_id,
         )
         if len(prompt.token_ids) >= self.context_length:
-            raise TooLongError(
-                # Clients know these words, and shorten what they send.
-                f"prompt is too long: {len(prompt.token_ids)} tokens, and the model's context "
-                f"holds {self.context_length}, answer included; shorten it or lower max_pixels, "
-                "or let truncate drop the oldest turns"
-            )
+            raise self._too_long(f"{len(prompt.token_ids)} tokens")
         return prompt
+
+    def _too_long(self, size: str) -> TooLongError:
+        return TooLongError(
+            # Clients know these words, and shorten what they send.
+            f"prompt is too long: {size}, and the model's context holds {self.context_length} "
+            "tokens, answer included; shorten it or lower max_pixels, or let truncate drop the "
+            "oldest turns"
+        )
 
     def prepare(
         self,
@@ -138,21 +144,19 @@ class Asking:
         self, params: SamplingParams, grammar: Grammar | None, timeout: float | None
     ) -> None:
         params.check_vocabulary(self.vocab_size)
-        if timeout is not None:
-            number = isinstance(timeout, (int, float)) and not isinstance(timeout, bool)
-            if not (number and 0 < timeout < math.inf):
-                raise InputError(f"timeout must be a number of seconds above 0, got {timeout!r}")
+        check_timeout(timeout)
         if grammar is not None:
             self.compiler.compile(grammar)  # here, not while others wait for their tokens
 
     def breakers(self, params: SamplingParams) -> frozenset[int]:
-        """DRY's breakers as tokens; the vocabulary is read once for each set of texts."""
-        texts = params.dry_sequence_breakers
+        """DRY's breakers as tokens; the vocabulary is read once for each of the last sets."""
         if not params.dry_multiplier:
             return frozenset()
-        if texts not in self._breakers:
-            self._breakers[texts] = breaker_tokens(self.processor.tokenizer, texts)
-        return self._breakers[texts]
+        return self._breakers(params.dry_sequence_breakers)
+
+    @cached_property
+    def _breakers(self) -> Callable[[tuple[str, ...]], frozenset[int]]:
+        return lru_cache(_SETS_OF_BREAKERS)(partial(breaker_tokens, self.processor.tokenizer))
 
     def _shortened(
         self,
@@ -169,3 +173,11 @@ class Asking:
         )
         layout = partial(self.processor.prompt, tools=tools, add_vision_id=look.add_vision_id)
         return shorten(seen, layout, self.context_length - answer)
+
+
+def check_timeout(timeout: float | None) -> None:
+    """Raise InputError for what is no number of seconds."""
+    if timeout is not None:
+        number = isinstance(timeout, (int, float)) and not isinstance(timeout, bool)
+        if not (number and 0 < timeout < math.inf):
+            raise InputError(f"timeout must be a number of seconds above 0, got {timeout!r}")

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import base64
 import binascii
 import os
 import re
 import stat
+from base64 import b64decode
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 from urllib.parse import unquote, unquote_to_bytes, urlsplit
 
@@ -53,7 +54,12 @@ GiB of RGB); above any camera, and ten times what the model looks at (16384 toke
 
 MAX_DOWNLOAD_BYTES = 64 * 2**20
 
-_MOST_ESCAPES = 2**22  # each takes a tenth of a kilobyte to undo, and 64 MB of base64 has fewer
+_MOST_ESCAPES = 2**22  # undoing them is slow, and 64 MB of base64 has fewer
+_PIECE = 2**20  # characters decoded at a time: other threads get their turn in between
+_LONGEST_URL = 2**14  # to be taken apart for a message
+
+_PLAIN = bytes.maketrans(b"-_", b"+/")
+_SPACES = b" \t\r\n\v\f"
 
 _SOURCES = (
     "a path, a file:, http: or https: URL, a data: URI, base64 text, bytes, a PIL image or "
@@ -125,12 +131,17 @@ def describe_source(source: ImageSource, kind: TextKind | None = None) -> str:
         return f"{type(source).__name__} object"
     kind = kind or kind_of_text(source)
     if kind == "data":
-        header, _, payload = source.lstrip()[5:].partition(",")
-        size = len(payload) * 3 // 4 if header.lower().endswith(";base64") else len(payload)
-        return f"data URI ({short_text(header.split(';')[0], 40) or 'no type'}, {_bytes(size)})"
+        text = source.lstrip()
+        header, start = _data_header(text)
+        size = len(text) - start if start else 0
+        size = size * 3 // 4 if _is_base64(header) else size
+        form = short_text(header.partition(";")[0], 40) or "no type"
+        return f"data URI ({form}, {_bytes(size)})"
     if kind == "base64":
         return f"base64 text ({_bytes(len(source) * 3 // 4)})"
     if kind in ("http", "other URL"):
+        if len(source) > _LONGEST_URL:
+            return f"URL of {len(source)} characters"
         try:
             url = urlsplit(source.strip())
         except ValueError:
@@ -163,7 +174,7 @@ def kind_of_text(text: str, *, on_disk: bool = True) -> TextKind:
     if on_disk and os.path.exists(os.path.expanduser(text)):
         return "path"
     compact = "".join(text[: HEAD_BYTES * 4 // 3].split())
-    head = _decode_base64(compact[: len(compact) // 4 * 4])
+    head = _decode_base64(_pieces(compact[: len(compact) // 4 * 4]))
     if head is not None and (len(text) > 1024 or format_of(head)):
         return "base64"
     return "path"
@@ -194,17 +205,17 @@ def decode_text(text: str, kind: TextKind, name: str) -> bytes:
         raise ImageError(
             f"{name}: this URL scheme cannot be read; expected http, https, file or data"
         )
-    payload: str | bytes = text
+    start, escapes = 0, kind == "data"
     if kind == "data":
-        header, comma, payload = text.strip()[5:].partition(",")
-        if not comma:
+        text = text.strip()
+        header, start = _data_header(text)
+        if not start:
             raise ImageError(f"{name} has no comma; expected data:image/png;base64,<data>")
-        if payload.count("%") > _MOST_ESCAPES:
+        if text.count("%", start) > _MOST_ESCAPES:
             raise TooLargeError(f"{name} has too many % escapes; send base64 without them")
-        payload = unquote_to_bytes(payload)
-        if not header.lower().rstrip().endswith(";base64"):
-            return payload
-    data = _decode_base64(payload)
+        if not _is_base64(header):
+            return b"".join(_pieces(text, start, escapes))
+    data = _decode_base64(_pieces(text, start, escapes))
     if data is None:
         raise ImageError(
             f"{name} is not valid base64: expected only A-Z a-z 0-9 + / (or - _), whitespace and "
@@ -213,14 +224,47 @@ def decode_text(text: str, kind: TextKind, name: str) -> bytes:
     return data
 
 
-def _decode_base64(text: str | bytes) -> bytes | None:
+def _data_header(text: str) -> tuple[str, int]:
+    """What a data: URI says of its data, and where these begin: 0 if there is no comma."""
+    comma = text.find(",")
+    return (text[5:comma], comma + 1) if comma >= 0 else (text[5:], 0)
+
+
+def _is_base64(header: str) -> bool:
+    return header.rstrip()[-7:].lower() == ";base64"
+
+
+def _pieces(text: str, start: int = 0, escapes: bool = False) -> Iterator[bytes]:
+    """The bytes of `text` from `start` on, a megabyte at a time; % escapes undone if there may be.
+
+    A lone surrogate becomes "?", which is in no base64.
+    """
+    while start < len(text):
+        end = start + _PIECE
+        if escapes and (cut := text.rfind("%", end - 2, end)) >= 0:  # an escape stays whole
+            end = cut
+        piece = text[start:end].encode(errors="replace")
+        yield unquote_to_bytes(piece) if escapes else piece
+        start = end
+
+
+def _decode_base64(pieces: Iterator[bytes]) -> bytes | None:
     """Decode either alphabet, with whitespace and without padding; None if it is not base64."""
+    decoded, rest = [], b""
     try:
-        raw = text.encode("ascii") if isinstance(text, str) else text
-        raw = raw.translate(bytes.maketrans(b"-_", b"+/"), b" \t\r\n\v\f").rstrip(b"=")
-        return base64.b64decode(raw + b"=" * (-len(raw) % 4), validate=True)
-    except (binascii.Error, UnicodeEncodeError):
+        for piece in pieces:
+            rest += piece.translate(_PLAIN, _SPACES)
+            data = rest.rstrip(b"=")
+            if b"=" in data:
+                return None
+            whole = len(data) // 4 * 4
+            decoded.append(b64decode(data[:whole], validate=True))
+            rest = rest[whole : len(data) + 1]  # one "=" is enough to tell that this was the end
+        rest = rest.rstrip(b"=")
+        decoded.append(b64decode(rest + b"=" * (-len(rest) % 4), validate=True))
+    except binascii.Error:
         return None
+    return b"".join(decoded)
 
 
 def path_of_file_url(url: str, name: str) -> str:

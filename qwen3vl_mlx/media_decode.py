@@ -36,6 +36,7 @@ HEAD_BYTES = 192
 
 _MAX_SCANS = 100  # progressive JPEGs have about ten
 _MAX_SEGMENTS = 10_000
+_PIECE = 2**20  # bytes searched at a time: other threads get their turn in between
 _JPEG_MARKER = re.compile(rb"\xff([^\0\xd0-\xd7\xff])")  # not inside the coded pixels
 
 # What Pillow's parsers raise on malformed files.
@@ -92,7 +93,7 @@ def check_format(data: bytes, name: str) -> str:
     """Return the format of an image file from its first bytes, or raise UnsupportedImageError."""
     if not data:
         raise UnsupportedImageError(f"{name} is empty; expected an image: {_ACCEPTED}")
-    found = format_of(data)
+    found = format_of(data[:HEAD_BYTES])
     if found is None:
         raise UnsupportedImageError(
             f"{name} is not an image that can be read: it starts with {data[:16]!r}; "
@@ -149,7 +150,7 @@ def _check_scans(data: bytes, name: str) -> None:
     """
     scans, at = 0, 2
     for _ in range(_MAX_SEGMENTS):
-        marker = _JPEG_MARKER.search(data, at)
+        marker = _next_marker(data, at)
         if marker is None or marker[1] == b"\xd9":  # the end of the picture
             return
         scans += marker[1] == b"\xda"
@@ -162,6 +163,14 @@ def _check_scans(data: bytes, name: str) -> None:
         f"{name} is a JPEG of too many parts (over {_MAX_SCANS} scans or {_MAX_SEGMENTS} "
         "segments) to be decoded in good time; save it again"
     )
+
+
+def _next_marker(data: bytes, at: int) -> re.Match[bytes] | None:
+    for start in range(at, len(data), _PIECE):
+        marker = _JPEG_MARKER.search(data, start, start + _PIECE + 1)  # it may lie across the end
+        if marker is not None:
+            return marker
+    return None
 
 
 def _picture_from_heif(data: bytes, name: str, max_source_pixels: int) -> PIL.Image.Image:
@@ -187,7 +196,8 @@ def check_size(size: tuple[int, int], name: str, max_source_pixels: int) -> None
     if width * height > max_source_pixels:
         raise TooLargeError(
             f"{name} is {width}x{height} = {width * height} pixels, over the limit of "
-            f"{max_source_pixels}; scale it down, or raise max_source_pixels if you trust it"
+            f"{max_source_pixels}; use a smaller picture (max_source_pixels is the limit, a "
+            "server's --max-image-pixels)"
         )
     if max(size) > MAX_ASPECT * min(size):
         raise ImageError(

@@ -5,14 +5,20 @@ from __future__ import annotations
 import http.client
 import io
 import ipaddress
+import os
+import selectors
 import socket
+import ssl
+import threading
 import time
 import urllib.error
 import urllib.parse
 import urllib.request
 from collections.abc import Callable
+from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 from qwen3vl_mlx import __version__
 from qwen3vl_mlx.errors import ImageError, TooLargeError
@@ -24,7 +30,8 @@ this machine's own services can have a public address too."""
 _LOCAL_NAMES = ("local", "localhost", "internal", "home.arpa")  # asking for them is telling already
 _CHUNK = 2**16
 _OVERHEAD = 2**20  # bytes of headers and redirections that a download may add to its body
-_LOOK_SEC = 0.25  # how often a silent connection looks whether it is still wanted
+_LOOK_SEC = 0.25  # how often whoever waits looks whether it is still wanted
+_LONGEST_URL = 2**14  # no server takes a longer one
 
 _NAT64 = ipaddress.ip_network("64:ff9b::/96")
 _GLOBAL_UNICAST = ipaddress.ip_network("2000::/3")
@@ -75,16 +82,17 @@ def fetch(
 ) -> bytes:
     """Return the body at `url`; `name` stands for it in messages.
 
-    timeout: seconds for the whole, redirections included; the resolver's own time comes on top.
+    timeout: seconds for the whole, redirections included.
     public_only: refuse all that `is_public` does, ports other than 80 and 443, and proxies. The
     address that is checked is the one that is connected to, for every redirection anew.
-    wanted: asked while waiting; the download ends soon after it says no.
+    wanted: asked while waiting, for whatever it is; the download ends soon after it says no.
 
     Raises:
         ImageError: a bad URL, a refused address, no connection, an HTTP error, or too slow.
         TooLargeError: over `max_bytes`.
     """
     visit = _Visit(name, time.monotonic() + timeout, max_bytes + _OVERHEAD, public_only, wanted)
+    url = url[: _LONGEST_URL + 1]  # enough to be refused
     try:
         request = urllib.request.Request(
             urllib.parse.quote(url, safe="%/:=&?~#+!$,;'@()*[]"),  # spaces and accents are common
@@ -167,7 +175,25 @@ class _Visit:
         return left
 
     def connect(self, host: str, port: int) -> socket.socket:
-        """Connect to a public address of `host`. What is resolved here is what is connected to."""
+        """Connect to `host`. What is resolved and checked here is what is connected to."""
+        failure: Exception = OSError("its host has no address")
+        if self.public_only:
+            host = self._checked(host, port)
+            failure = self._refused("its host is of this machine or a private network")
+        for family, kind, protocol, _, address in self._resolved(host, port):
+            if self.public_only and not is_public(str(address[0])):
+                continue
+            connection = socket.socket(family, kind, protocol)
+            try:
+                self._reach(connection, address)
+                return connection
+            except OSError as err:
+                connection.close()
+                self.seconds_left()  # else it is for the next one
+                failure = err
+        raise failure
+
+    def _checked(self, host: str, port: int) -> str:
         host = host.encode("idna").decode("ascii")  # its dots and letters have many spellings
         if "@" in host:
             raise self._refused("it has a user name in it")
@@ -175,22 +201,60 @@ class _Visit:
             raise self._refused("its host is of the local network")
         if port not in WEB_PORTS:
             raise self._refused(f"its port is {port}, not 80 or 443")
-        failure: Exception = self._refused("its host is of this machine or a private network")
-        for family, kind, protocol, _, address in socket.getaddrinfo(
-            host, port, type=socket.SOCK_STREAM
-        ):
-            if not is_public(str(address[0])):
-                continue
-            left = self.seconds_left()
-            connection = socket.socket(family, kind, protocol)
+        return host
+
+    def _resolved(self, host: str, port: int) -> list[Any]:
+        """What getaddrinfo says: on a thread that is left alone when it takes too long."""
+        answer: Future[list[Any]] = Future()
+
+        def resolve() -> None:
             try:
-                connection.settimeout(left)
-                connection.connect(address)
-                return connection
-            except OSError as err:
-                connection.close()
-                failure = err
-        raise failure
+                answer.set_result(socket.getaddrinfo(host, port, type=socket.SOCK_STREAM))
+            except (OSError, ValueError) as err:  # ValueError: no name at all
+                answer.set_exception(err)
+
+        threading.Thread(target=resolve, name="resolve", daemon=True).start()
+        while not answer.done():
+            wait([answer], self.patience())
+        return answer.result()
+
+    def _reach(self, connection: socket.socket, address: Any) -> None:
+        connection.setblocking(False)
+        try:
+            connection.connect(address)
+        except BlockingIOError:
+            with selectors.DefaultSelector() as selector:
+                selector.register(connection, selectors.EVENT_WRITE)
+                while not selector.select(self.patience()):
+                    pass
+            if code := connection.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
+                raise OSError(code, os.strerror(code)) from None
+        connection.settimeout(self.seconds_left())
+
+    def secure(self, connection: socket.socket, host: str) -> ssl.SSLSocket:
+        """TLS over a connection, with a certificate for `host`."""
+        context = ssl.create_default_context()
+        context.set_alpn_protocols(["http/1.1"])
+        secured = context.wrap_socket(
+            connection, server_hostname=host, do_handshake_on_connect=False
+        )
+        try:
+            while True:
+                secured.settimeout(self.patience())
+                try:
+                    secured.do_handshake()
+                    break
+                except TimeoutError:  # it goes on where it was
+                    continue
+            secured.settimeout(self.seconds_left())
+        except OSError:
+            secured.close()
+            raise
+        return secured
+
+    def patience(self) -> float:
+        """Seconds to wait until the next look."""
+        return min(self.seconds_left(), _LOOK_SEC)
 
     def _refused(self, why: str) -> ImageError:
         return ImageError(
@@ -212,7 +276,7 @@ class _Reader(io.RawIOBase):
     def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
         visit = self._visit
         while True:
-            self._connection.settimeout(min(visit.seconds_left(), _LOOK_SEC))
+            self._connection.settimeout(visit.patience())
             try:
                 count = self._connection.recv_into(buffer)
             except TimeoutError:
@@ -229,7 +293,7 @@ class _Reader(io.RawIOBase):
 
 @dataclass
 class _Watched:
-    """A connected socket, as far as an HTTP response needs one."""
+    """A connected socket, as far as an HTTP response needs one, be it a proxy's to CONNECT."""
 
     connection: socket.socket
     visit: _Visit
@@ -237,26 +301,29 @@ class _Watched:
     def makefile(self, mode: str) -> io.BufferedReader:
         return io.BufferedReader(_Reader(self.connection, self.visit))
 
-    def close(self) -> None:
-        self.connection.close()
-
 
 class _Connection(http.client.HTTPConnection):
     visit: _Visit
 
     def connect(self) -> None:
-        if self.visit.public_only:
-            self.sock = self.visit.connect(self.host, self.port)
-        else:
-            super().connect()
-
-    def getresponse(self) -> http.client.HTTPResponse:
-        self.sock = _Watched(self.sock, self.visit)
-        return super().getresponse()
+        self.sock = self.visit.connect(self.host, self.port)
+        if self._tunnel_host:  # type: ignore[attr-defined]  # https by way of a proxy
+            self._tunnel()  # type: ignore[attr-defined]
 
 
-class _SecureConnection(http.client.HTTPSConnection, _Connection):
-    """TLS over what `_Connection` connects; certificates are for the URL's host."""
+class _SecureConnection(_Connection):
+    default_port = http.client.HTTPS_PORT
+
+    def connect(self) -> None:
+        super().connect()
+        host = self._tunnel_host or self.host  # type: ignore[attr-defined]
+        self.sock = self.visit.secure(self.sock, host)
+
+
+def _response(
+    visit: _Visit, connection: socket.socket, debuglevel: int = 0, method: str | None = None
+) -> http.client.HTTPResponse:
+    return http.client.HTTPResponse(_Watched(connection, visit), debuglevel, method)  # type: ignore[arg-type]
 
 
 class _Handler(urllib.request.HTTPHandler):
@@ -272,7 +339,30 @@ class _Handler(urllib.request.HTTPHandler):
     def https_open(self, request: urllib.request.Request) -> http.client.HTTPResponse:
         return self._open(_SecureConnection, request)
 
-    https_request = urllib.request.HTTPHandler.http_request
+    def http_request(self, request: urllib.request.Request) -> urllib.request.Request:
+        if len(request.full_url) > _LONGEST_URL:
+            raise ImageError(
+                f"{self._visit.name} has, or redirects to, a URL of more than {_LONGEST_URL} "
+                "characters; use a shorter one"
+            )
+        if request.host:
+            request.host = self._in_ascii(request.host)
+        return super().http_request(request)
+
+    https_request = http_request
+
+    def _in_ascii(self, host: str) -> str:
+        """As names are resolved, and as servers know themselves: IDNA (RFC 3490)."""
+        if host.isascii():
+            return host
+        name, colon, port = host.partition(":")
+        try:
+            return name.encode("idna").decode("ascii") + colon + port
+        except UnicodeError as err:
+            raise ImageError(
+                f"{self._visit.name}: its host cannot be written in ASCII (IDNA); use the form "
+                "of its name that begins with xn--"
+            ) from err
 
     def _open(
         self, kind: type[_Connection], request: urllib.request.Request
@@ -285,6 +375,7 @@ def _connection(
 ) -> _Connection:
     connection = kind(host, timeout=timeout)
     connection.visit = visit
+    connection.response_class = partial(_response, visit)  # type: ignore[assignment]
     return connection
 
 

@@ -53,6 +53,7 @@ def live_server(model: Qwen3VL, options: ServerOptions | None = None) -> Iterato
         thread.join(30)
         listener.close()
         serving.pictures.close()
+        serving.layouts.close()
     assert not thread.is_alive()
 
 

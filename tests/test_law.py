@@ -19,6 +19,7 @@
 | two requests interleaved step by step                    | test_interleaved                 |
 | in a batch with 1, 3, 7 others that come and go          | test_batched                     |
 | neighbours cancelled while waiting, reading, running     | test_cancelled_neighbours        |
+| through the server, over HTTP                            | test_server_chat.py              |
 
 All of them with keys and values quantized, too: against one full pass over those. A new road is a
 row here and a function in roads.py, or a test of its own where it has more to vary. The full pass

@@ -286,6 +286,8 @@ def test_the_pixel_limit_is_read_from_the_header() -> None:
         load_image(png_header(6_000, 6_000))
     with pytest.raises(ImageError, match="over the limit of 100"):
         load_image(encode(QUARTERS, "HEIF")[:-50], max_source_pixels=100)
+    with pytest.raises(ImageError, match=r"smaller picture .*max_source_pixels.*--max-image-pix"):
+        load_image(encode(NOISE, "PNG"), max_source_pixels=1)
 
 
 @pytest.mark.parametrize("form", ["PNG", "JPEG", "BMP"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import qwen3vl_mlx
+from qwen3vl_mlx import Qwen3VL, asking
 from qwen3vl_mlx.engine.penalties import breaker_tokens, dry_penalties
-from qwen3vl_mlx.engine.sampling import Row, SamplerState, draw
+from qwen3vl_mlx.engine.sampling import Row, SamplerState, SamplingParams, draw
 from qwen3vl_mlx.processing.tokenizer import Tokenizer
 
 DEMO = Path(qwen3vl_mlx.__file__).parent / "demo" / "checkpoint"
@@ -235,6 +237,31 @@ def test_dry_breaks_a_loop() -> None:
     assert plain == [0] * 12
     assert dried[:3] == [0, 0, 0]
     assert len(set(dried)) == 3
+
+
+def test_the_vocabulary_is_read_once_for_a_set_of_breakers_and_few_are_kept(
+    demo: Qwen3VL, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[tuple[str, ...]] = []
+
+    def counted(tokenizer: Tokenizer, texts: tuple[str, ...]) -> frozenset[int]:
+        read.append(texts)
+        return breaker_tokens(tokenizer, texts)
+
+    monkeypatch.setattr(asking, "breaker_tokens", counted)
+    fresh = replace(demo.asking)
+
+    def found(*texts: str) -> frozenset[int]:
+        return fresh.breakers(SamplingParams(dry_multiplier=1, dry_sequence_breakers=texts))
+
+    assert found("a") == found("a") == breaker_tokens(demo.processor.tokenizer, ("a",))
+    assert len(read) == 1
+    for at in range(40):
+        found(str(at))
+    found("39")
+    assert len(read) == 41
+    found("a")
+    assert len(read) == 42
 
 
 def test_dry_without_a_history_is_an_error() -> None:

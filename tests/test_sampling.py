@@ -41,7 +41,7 @@ BAD: dict[str, Sequence[Any]] = {
     "dry_multiplier": (-0.1, NAN, math.inf, "1", True),
     "dry_base": (0.99, 0, NAN, math.inf),
     "dry_allowed_length": (0, -1, 1.5, 2.0, math.inf, True),
-    "dry_sequence_breakers": ([""], ["a", ""], [1], 5, {"a": 1}),
+    "dry_sequence_breakers": ([""], ["a", ""], [1], 5, {"a": 1}, ["a"] * 65, ["a" * 257]),
     "top_logprobs": (-1, 21, 1.0, True, "3"),
     "logprobs": (1, 0, "true", 5),
     "ignore_eos": (1, "yes"),
@@ -49,7 +49,7 @@ BAD: dict[str, Sequence[Any]] = {
     "thinking_budget": (-1, 1.5, 10.0, math.inf, "10", True),
     "max_tokens": (0, -1, 1.5, 10.0, math.inf, "10"),
     "seed": (-1, 2**64, 1.5, 7.0, "7"),
-    "stop": ([""], ["a", ""], [1], 5, {"a": 1}),
+    "stop": ([""], ["a", ""], [1], 5, {"a": 1}, ["a"] * 65, ["a" * 257]),
     "logit_bias": ({"5": 1.0}, {5: "1"}, {5: NAN}, {5: math.inf}, {5: None}, [5], {5.0: 1.0}),
 }
 
@@ -74,6 +74,8 @@ def test_top_logprobs_need_logprobs() -> None:
         {"logit_bias": {5: -100, 6: -math.inf}, "stop": ("a", "b")},
         {"dry_multiplier": 0.8, "dry_base": 1, "dry_allowed_length": 1},
         {"dry_sequence_breakers": ()},
+        {"dry_sequence_breakers": ("a" * 256,) * 64},
+        {"stop": ("a" * 256,) * 64},
         {"logprobs": True, "top_logprobs": 20, "ignore_eos": True, "loop_guard": True},
         {"logprobs": False, "top_logprobs": 0, "thinking_budget": 0},
     ],

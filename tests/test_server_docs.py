@@ -1,10 +1,16 @@
-"""The docs page: offline, true, and usable in a browser; and what other pages can do there."""
+"""The docs page: offline, true, and usable in a browser; and what other pages can do there.
+
+Run `python tests/test_server_docs.py` from the repository's root to write the answers that the
+page shows anew: after a change of what an answer has, or of the examples.
+"""
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -13,12 +19,14 @@ pytest.importorskip("fastapi")
 pytest.importorskip("fastapi_offline")
 
 import httpx
+from clients import until
 from fastapi.testclient import TestClient
 from live import Live, live_server
 
-from qwen3vl_mlx import load
+from qwen3vl_mlx import Qwen3VL, load
+from qwen3vl_mlx.errors import HubError
 from qwen3vl_mlx.server.app import create_app
-from qwen3vl_mlx.server.docs import EXAMPLES
+from qwen3vl_mlx.server.docs import ANSWERS, EXAMPLES
 from qwen3vl_mlx.server.options import ServerOptions
 from qwen3vl_mlx.server.start import new_serving
 
@@ -26,14 +34,71 @@ CHROMIUM = shutil.which("chromium")
 in_browser = pytest.mark.skipif(CHROMIUM is None, reason="Debian's chromium is not installed")
 FRIEND, STRANGER = "friend.example", "stranger.example"
 
+SHOWN: dict[str, dict[str, dict[str, Any]]] = json.loads(ANSWERS.read_text(encoding="utf-8"))
+READABLE = (  # routes without a body, and what their examples are called
+    ("/v1/models", "get", "the demo"),
+    ("/v1/models/{name}", "get", "the demo"),
+    ("/v1/responses/{response_id}", "get", "a picture"),
+    ("/v1/responses/{response_id}", "delete", "a picture"),
+    ("/v1/responses/{response_id}/input_items", "get", "a picture"),
+    ("/health", "get", "the demo"),
+    ("/", "get", "the demo"),
+    ("/metrics", "get", "the beginning"),
+)
+ALL = [*((path, "post", name) for path in EXAMPLES for name in EXAMPLES[path]), *READABLE]
+FIRST, LAST = 3, 3  # events of a stream that are shown
+LINES = 7  # of /metrics
 
-@pytest.fixture(scope="module")
-def live() -> Iterator[Live]:
+
+@contextmanager
+def demo_server() -> Iterator[Live]:
     model = load("demo")  # its own: one of the examples requantizes it
     options = ServerOptions(enable_re_isq=True, cors_origins=(f"http://{FRIEND}",))
     with live_server(model, options) as server:
         yield server
     model.close()
+
+
+@pytest.fixture(scope="module")
+def live() -> Iterator[Live]:
+    with demo_server() as server:
+        yield server
+
+
+def ask(url: str, path: str, method: str, name: str) -> httpx.Response:
+    """The answer to an example, or of a route without a body."""
+    response_id = ""
+    if "{response_id}" in path:
+        body = EXAMPLES["/v1/responses"][name]
+        response_id = httpx.post(f"{url}/v1/responses", json=body, timeout=60).json()["id"]
+    place = url + path.format(response_id=response_id, name="demo")
+    body = dict(EXAMPLES[path][name]) if method == "post" else None
+    response = httpx.request(method, place, json=body, timeout=60)
+    assert response.status_code == 200, response.text
+    return response
+
+
+def kind_of(response: httpx.Response) -> str:
+    return response.headers["content-type"].partition(";")[0]
+
+
+def events_of(text: str) -> list[str]:
+    """A stream's events, without comments."""
+    return [event for event in text.strip().split("\n\n") if not event.startswith(":")]
+
+
+def shape(value: Any) -> Any:
+    """Names and types; a list's by its first element, an event's with its name."""
+    if isinstance(value, dict):
+        return {name: shape(each) for name, each in value.items()}
+    if isinstance(value, list):
+        return [shape(each) for each in value[:1]]
+    return type(value).__name__
+
+
+def event_shape(event: str) -> Any:
+    told, _, data = event.rpartition("data: ")
+    return told, data if data == "[DONE]" else shape(json.loads(data))
 
 
 @pytest.fixture(scope="module")
@@ -62,16 +127,124 @@ def test_every_route_with_a_body_has_examples(openapi: dict[str, Any]) -> None:
     assert all(bodies.values())
 
 
+def test_every_operation_shows_answers(openapi: dict[str, Any]) -> None:
+    shown: list[tuple[str, str, str]] = []
+    for path, operations in openapi["paths"].items():
+        for method, operation in operations.items():
+            if path != "/v1/responses/{response_id}/cancel":  # always refused
+                for content in operation["responses"]["200"]["content"].values():
+                    shown += [(path, method, name) for name in content["examples"]]
+    assert sorted(shown) == sorted(ALL)
+
+
+@pytest.mark.parametrize(("path", "method", "name"), ALL)
+def test_examples_are_answered_as_shown(live: Live, path: str, method: str, name: str) -> None:
+    response = ask(live.url, path, method, name)
+    assert "x-qwen3vl-warning" not in response.headers, "no field is unknown"
+    shown, kind = SHOWN[path][method][name], kind_of(response)
+    if isinstance(shown, dict):
+        assert kind == "application/json"
+        assert shape(response.json()) == shape(shown)
+    elif isinstance(shown, list):
+        assert kind == "text/event-stream"
+        events = events_of(response.text)
+        assert len(events) > FIRST + LAST
+        told = [event_shape(event) for event in (*events[:FIRST], *events[-LAST:])]
+        assert told == [event_shape(event) for event in shown if not event.startswith(":")]
+    else:
+        assert kind == "text/plain"
+        lines = [line.rpartition(" ")[0] for line in response.text.splitlines()]
+        assert lines[:LINES] == [line.rpartition(" ")[0] for line in shown.splitlines()]
+
+
+def test_the_document_has_mistral_rs_address_too(live: Live, openapi: dict[str, Any]) -> None:
+    assert httpx.get(f"{live.url}/api-doc/openapi.json").json() == openapi
+    assert "/api-doc/openapi.json" not in openapi["paths"]
+
+
+def check_schema(
+    openapi: dict[str, Any], path: str, method: str, answer: Any, status: int = 200
+) -> None:
+    schemas = pytest.importorskip("jsonschema_rs")
+    content = openapi["paths"][path][method]["responses"][str(status)]["content"]
+    assert answer, "there is something to check"
+    schemas.validate(content["application/json"]["schema"], answer)
+
+
+def test_the_answers_shown_fit_their_schemas(openapi: dict[str, Any]) -> None:
+    for path, method, name in ALL:
+        if isinstance(shown := SHOWN[path][method][name], dict):
+            check_schema(openapi, path, method, shown)
+            with pytest.raises(ValueError, match="required property"):
+                check_schema(openapi, path, method, {"other": 1})
+
+
+TOLD = {"input": "Hello", "max_output_tokens": 1}
+
+
 @pytest.mark.parametrize(
-    ("path", "name"), [(path, name) for path, named in EXAMPLES.items() for name in named]
+    ("path", "body"),
+    [
+        ("/v1/responses", TOLD),
+        ("/v1/responses", {"input": "What colour is the disc?"}),
+        (
+            "/v1/responses",
+            {
+                **TOLD,
+                "instructions": "Be short.",
+                "tools": [{"type": "function", "name": "report", "parameters": {}}],
+                "tool_choice": {"type": "function", "name": "report"},
+                "metadata": {"a": "b"},
+                "user": "somebody",
+                "reasoning": {"effort": "none"},
+            },
+        ),
+        ("/v1/chat/completions", {"messages": "Hello", "max_tokens": 1, "n": 2, "logprobs": True}),
+        ("/v1/completions", {"prompt": ["A", "B"], "max_tokens": 0, "echo": True}),
+        (
+            "/v1/messages",
+            {
+                "model": "demo",
+                "max_tokens": 1,
+                "messages": [{"role": "user", "content": "Hello"}],
+                "thinking": {"type": "disabled"},
+            },
+        ),
+    ],
 )
-def test_examples_run_as_they_are(live: Live, path: str, name: str) -> None:
-    body = dict(EXAMPLES[path][name])
+def test_schemas_hold_for_other_answers(
+    live: Live, openapi: dict[str, Any], path: str, body: dict[str, Any]
+) -> None:
     response = httpx.post(live.url + path, json=body, timeout=60)
     assert response.status_code == 200, response.text
-    assert "x-qwen3vl-warning" not in response.headers, "no field is unknown"
-    kind = "text/event-stream" if body.get("stream") else "application/json"
-    assert response.headers["content-type"].partition(";")[0] == kind
+    check_schema(openapi, path, "post", response.json())
+
+
+def test_schemas_hold_for_an_empty_page(live: Live, openapi: dict[str, Any]) -> None:
+    made = httpx.post(f"{live.url}/v1/responses", json=TOLD, timeout=60).json()
+    place = f"{live.url}/v1/responses/{made['id']}/input_items"
+    last = httpx.get(place).json()["last_id"]
+    page = httpx.get(place, params={"after": last}).json()
+    assert page["data"] == []
+    check_schema(openapi, "/v1/responses/{response_id}/input_items", "get", page)
+
+
+def test_schemas_hold_without_a_model() -> None:
+    def fails() -> Qwen3VL:
+        raise HubError("no such model")
+
+    serving = new_serving(fails, "none", ServerOptions())
+    client = TestClient(create_app(serving), base_url="http://localhost")
+    openapi = client.get("/openapi.json").json()
+    serving.host.start()
+    try:
+        until(lambda: serving.host.status().state == "failed", 10)
+        for path, status in (("/v1/models", 200), ("/v1/models/{name}", 200), ("/health", 503)):
+            response = client.get(path.format(name="none"))
+            assert response.status_code == status
+            check_schema(openapi, path, "get", response.json(), status)
+    finally:
+        serving.host.close()
 
 
 def test_failures_are_described_as_they_are(live: Live, openapi: dict[str, Any]) -> None:
@@ -191,3 +364,33 @@ def test_a_page_whose_name_is_bent_to_this_machine_reads_nothing(page: Any, live
         403,
         "host_not_allowed",
     ]
+
+
+def write_answers() -> None:
+    """Write what the demo answers now."""
+    answers: dict[str, Any] = {}
+    with demo_server() as live:
+        for path, method, name in ALL:
+            response = ask(live.url, path, method, name)
+            kind, told = kind_of(response), answers.setdefault(path, {}).setdefault(method, {})
+            if kind == "application/json":
+                told[name] = rounded(response.text)
+            elif kind == "text/event-stream":
+                events = [
+                    event if event.endswith("[DONE]") else f"{head}{json.dumps(rounded(data))}"
+                    for event in events_of(response.text)
+                    for head, data in [re.split(r"(?<=data: )", event, maxsplit=1)]
+                ]
+                told[name] = [*events[:FIRST], ": and so on", *events[-LAST:]]
+            else:
+                told[name] = "".join(response.text.splitlines(keepends=True)[:LINES])
+    ANSWERS.write_text(json.dumps(answers, indent=1) + "\n", encoding="utf-8")
+
+
+def rounded(text: str) -> Any:
+    """JSON with times that are easily read."""
+    return json.loads(text, parse_float=lambda number: round(float(number), 3))
+
+
+if __name__ == "__main__":
+    write_answers()

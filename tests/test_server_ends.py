@@ -36,6 +36,7 @@ from PIL.Image import Image
 from serving import ENDLESS, busy
 
 from qwen3vl_mlx import Qwen3VL
+from qwen3vl_mlx.engine.request import Request
 from qwen3vl_mlx.server.app import create_app
 from qwen3vl_mlx.server.options import ServerOptions
 from qwen3vl_mlx.server.start import new_serving
@@ -221,6 +222,58 @@ def test_whoever_leaves_while_a_picture_is_fetched(
     leave(live, {"messages": asking(image_url(slow_picture), text("What?"))})
     until(lambda: at_rest(live), 1)
     assert Slow.left.wait(1)
+
+
+ROUTES = {
+    "/v1/chat/completions": {},
+    "/v1/messages": {"max_tokens": 4},
+    "/v1/responses": {},
+}
+
+
+@pytest.mark.parametrize("path", ROUTES)
+@pytest.mark.parametrize("streams", [False, True])
+def test_the_time_limit_counts_what_comes_before_the_engine(
+    live: Live, client: Any, slow_picture: str, path: str, streams: bool
+) -> None:
+    asked = {"model": "default", "timeout": 0.5, "stream": streams, **ROUTES[path]}
+    if path == "/v1/responses":
+        part = {"type": "input_image", "image_url": slow_picture}
+        asked["input"] = [{"role": "user", "content": [part]}]
+    elif path == "/v1/messages":
+        source = {"type": "url", "url": slow_picture}
+        asked["messages"] = [{"role": "user", "content": [{"type": "image", "source": source}]}]
+    else:
+        asked["messages"] = asking(image_url(slow_picture))
+    started = time.monotonic()
+    with pytest.raises(openai.APIStatusError, match=r"0\.5 seconds") as late:
+        client.post(path.removeprefix("/v1"), body=asked, cast_to=dict)
+    assert late.value.status_code == 408
+    assert time.monotonic() - started < 5  # the picture takes ten seconds
+    until(lambda: at_rest(live), 2)
+    assert Slow.left.wait(2)
+
+
+def test_what_was_waited_before_is_no_longer_the_engines(
+    serve: Callable[..., Qwen3VL], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = serve()
+    with live_server(model) as live:
+        asked: list[Request] = []
+        read, run = live.serving.pictures.read, model.run
+
+        async def read_slowly(*args: Any) -> Any:
+            await asyncio.sleep(0.4)
+            return await read(*args)
+
+        def noted(request: Request) -> Any:
+            asked.append(request)
+            return run(request)
+
+        monkeypatch.setattr(live.serving.pictures, "read", read_slowly)
+        monkeypatch.setattr(model, "run", noted)
+        ask(connect(live), HELLO, max_tokens=2, extra_body={"timeout": 30})
+    assert 29 < asked[0].timeout < 29.6
 
 
 def test_others_answer_as_ever(live: Live, client: Any, scene: Image) -> None:

@@ -23,6 +23,7 @@ from hypothesis import strategies as st
 from starlette.types import Receive, Scope, Send
 
 from qwen3vl_mlx.errors import CheckpointError
+from qwen3vl_mlx.server import body
 from qwen3vl_mlx.server.app import create_app
 from qwen3vl_mlx.server.body import JsonRoute, parse_object
 from qwen3vl_mlx.server.errors import ApiError
@@ -220,7 +221,8 @@ def test_a_missing_key_is_told_from_a_wrong_one(locked: TestClient) -> None:
 
 
 def test_what_is_open_without_a_key(locked: TestClient) -> None:
-    for path in ("/health", "/", "/docs", "/openapi.json", "/docs/files/swagger-ui.css"):
+    described = ("/docs", "/openapi.json", "/api-doc/openapi.json", "/docs/files/swagger-ui.css")
+    for path in ("/health", "/", *described):
         assert locked.get(path).status_code != 401, path
     for path in ("/docsx", "/health/x", "/HEALTH", "/docs%2e/echo"):
         assert locked.get(path).status_code == 401, path
@@ -327,10 +329,27 @@ def test_nesting_of_any_depth_is_refused() -> None:
         assert caught.value.status == 400
 
 
-def test_many_small_values_are_refused() -> None:
-    with pytest.raises(ApiError) as caught:
-        parse_object(b'{"a": [' + b"[]," * 600_000 + b"1]}", max_depth=64)
+@pytest.mark.parametrize(
+    ("sent", "words"),
+    [
+        (b'{"a": [' + b"0," * 600_000 + b"1]}", "500,000 values"),
+        (b'{"a": [' + b"[]," * 60_000 + b"1]}", "50,000 objects"),
+        (b'{"a": [' + b'{"b": {}},' * 30_000 + b"1]}", "50,000 objects"),
+        (b"{" + b",".join(b'"%d": 1' % at for at in range(10_001)) + b"}", "10,000 names"),
+    ],
+)
+def test_many_small_values_are_refused(sent: bytes, words: str) -> None:
+    with pytest.raises(ApiError, match=words) as caught:
+        parse_object(sent, max_depth=64)
     assert caught.value.status == 413
+
+
+def test_long_bodies_are_read_like_short_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(body, "_LARGE", 10)
+    client = client_of()
+    assert client.post("/echo", json={"a": "long" * 20}).json() == {"a": "long" * 20}
+    refused = client.post("/echo", content=b'{"a": nothing at all}', headers=ASK)
+    assert (refused.status_code, code(refused)) == (400, "invalid_json")
 
 
 VALUES = st.recursive(

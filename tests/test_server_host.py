@@ -25,6 +25,7 @@ from qwen3vl_mlx.api import Qwen3VL, load
 from qwen3vl_mlx.errors import CheckpointError, HubError
 from qwen3vl_mlx.quant.recipes import preset_name
 from qwen3vl_mlx.saving import live_assignment
+from qwen3vl_mlx.server import host as host_module
 from qwen3vl_mlx.server.errors import ApiError
 from qwen3vl_mlx.server.host import ModelHost
 from qwen3vl_mlx.server.lease import Lease
@@ -369,6 +370,38 @@ def test_exclusive_waits_for_users_and_holds_new_ones_back() -> None:
     asyncio.run(main())
 
 
+def test_new_ones_do_not_wait_long_for_one_slow_user(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(host_module, "_HOLD_SEC", 0.1)
+
+    async def main() -> None:
+        async with hosting(Loads()) as host:
+            slow = await host.lease()
+            entered, go_on = asyncio.Event(), asyncio.Event()
+
+            async def change() -> None:
+                async with host.exclusive():
+                    entered.set()
+                    await go_on.wait()
+
+            changing = asyncio.create_task(change())
+            newcomer = asyncio.create_task(host.lease())
+            assert await pending(newcomer)
+            lease = await asyncio.wait_for(newcomer, SOON_SEC)
+            assert not entered.is_set()
+            slow.release()
+            assert await pending(changing)
+            assert not entered.is_set()
+            lease.release()
+            await asyncio.wait_for(entered.wait(), SOON_SEC)
+            late = asyncio.create_task(host.lease())
+            assert await pending(late)
+            go_on.set()
+            await changing
+            (await asyncio.wait_for(late, SOON_SEC)).release()
+
+    asyncio.run(main())
+
+
 def test_exclusive_gives_up_and_lets_others_go_on() -> None:
     async def main() -> None:
         async with hosting(Loads()) as host:
@@ -485,6 +518,27 @@ def test_all_open_answers_are_ended_and_nothing_new_begins() -> None:
     asyncio.run(main())
 
 
+def test_who_waits_for_the_end_is_not_woken_before() -> None:
+    """As every request does: else each of them would cost all others something."""
+
+    async def main() -> None:
+        async with hosting(Loads()) as host:
+            (await host.lease()).release()
+            tasks = [asyncio.create_task(host.ended()) for _ in range(50)]
+            assert await pending(tasks[0])
+            loop = asyncio.get_running_loop()
+            woken = []
+            call = loop.call_soon_threadsafe
+            loop.call_soon_threadsafe = lambda *a, **k: (woken.append(a), call(*a, **k))[1]  # type: ignore[method-assign]
+            for _ in range(20):
+                (await host.lease()).release()
+            assert len(woken) <= 20
+            assert await host.end_all()
+            await asyncio.wait_for(asyncio.gather(*tasks), SOON_SEC)
+
+    asyncio.run(main())
+
+
 def test_the_end_is_told_to_who_waits_for_a_reload() -> None:
     loads = Loads()
     loads.go_on.clear()
@@ -514,7 +568,8 @@ def test_closing_waits_for_a_load_as_long_as_it_is_told() -> None:
     assert host.close(patience=0.0)
     assert loads.made[0].closed
     assert host.model is None
-    assert not any(thread.name == "qwen3vl-host" for thread in threading.enumerate())
+    assert host._thread is not None
+    assert not host._thread.is_alive()
 
 
 def test_a_host_that_never_ran_closes() -> None:

@@ -419,6 +419,20 @@ def test_refusals(
     assert caught.value.type == kind
 
 
+@pytest.mark.parametrize(
+    ("block", "named"),
+    [
+        (7, "messages[0].content[0]"),
+        ({"type": "text"}, "messages[0].content[0].text"),
+        ({"type": "image", "source": {"type": "url"}}, "messages[0].content[0].source.url"),
+    ],
+)
+def test_fields_are_named_without_their_models(client: Any, block: Any, named: str) -> None:
+    with pytest.raises(anthropic.UnprocessableEntityError) as caught:
+        client.messages.create(**asking(block))
+    assert caught.value.body["error"]["message"].partition(":")[0] == named
+
+
 def test_a_picture_at_fault_is_named_as_it_was_sent(client: Any, scene: Image) -> None:
     broken = {"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": "%"}}
     result = {"type": "tool_result", "tool_use_id": "toolu_1", "content": [text("a"), broken]}

@@ -126,6 +126,7 @@ def test_a_root_may_be_a_link_and_is_known_by_both_names(tree: Path) -> None:
         ("{root}/\ud800.png", "no such file"),
         ("{root}/" + "x" * 300, "no such file"),
         ("{root}/" + "x./" * 3000, "no such file"),
+        ("{root}/" + "x./" * 10_000, "not below"),  # longer than a path can be
         ("{root}/secret.txt", "is not an image file"),
     ],
 )

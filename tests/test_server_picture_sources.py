@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import json
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -25,7 +29,7 @@ from qwen3vl_mlx.errors import (
     TooLargeError,
     UnsupportedImageError,
 )
-from qwen3vl_mlx.server import pictures
+from qwen3vl_mlx.server import body, pictures
 from qwen3vl_mlx.server.options import ServerOptions
 from qwen3vl_mlx.server.pictures import Pictures
 
@@ -232,6 +236,73 @@ def test_whoever_stops_waiting_frees_the_threads(web: Any, fetching: list[str]) 
         assert web.asked == 5
         reader.close()
 
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("leave", ["client", "server"])
+def test_nobody_waits_for_a_host_that_says_nothing(fetching: list[str], leave: str) -> None:
+    async def run() -> None:
+        reader = Pictures(ServerOptions(allow_private_urls=True, download_timeout=60))
+        with socket.create_server(("127.0.0.1", 0)) as silent:
+            url = f"https://pictures.example:{silent.getsockname()[1]}/"
+            task = asyncio.create_task(reader.read(images(url), PROCESSOR, Look()))
+            await until(lambda: bool(fetching))
+            if leave == "client":
+                task.cancel()
+            else:
+                reader.close()
+            with pytest.raises((asyncio.CancelledError, ImageError)):
+                await task
+            await until(lambda: not fetching)
+        reader.close()
+
+    asyncio.run(run())
+
+
+def test_slow_hosts_do_not_keep_files_waiting(
+    web: Any, fetching: list[str], tmp_path: Path
+) -> None:
+    (tmp_path / "a.png").write_bytes(PNG)
+
+    async def run() -> None:
+        reader = Pictures(
+            ServerOptions(allow_private_urls=True, download_timeout=60, image_roots=(tmp_path,))
+        )
+        slow = [images(*[f"{web.url}/slow#{i}{j}" for j in range(4)]) for i in range(5)]
+        tasks = [asyncio.create_task(reader.read(each, PROCESSOR, Look())) for each in slow]
+        await until(lambda: len(fetching) == 16)
+        file = images(f"{tmp_path}/a.png")
+        assert await asyncio.wait_for(reader.read(file, PROCESSOR, Look()), 10)
+        assert len(fetching) == 16
+        for task in tasks:
+            task.cancel()
+        reader.close()
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("size", [100, 2**21])
+def test_large_bodies_are_parsed_beside_the_loop(
+    size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    threads: list[threading.Thread] = []
+    real = body.parse_object
+
+    def parse(data: bytes, depth: int) -> dict[str, Any]:
+        threads.append(threading.current_thread())
+        return real(data, depth)
+
+    async def run() -> None:
+        data = json.dumps({"a": "b" * size}).encode()
+        app = SimpleNamespace(
+            state=SimpleNamespace(serving=SimpleNamespace(options=ServerOptions()))
+        )
+        request = body.JsonRequest({"type": "http", "app": app})
+        request._body = data
+        assert await request.json() == {"a": "b" * size}
+        assert (threads == [threading.current_thread()]) == (size < 2**20)
+
+    monkeypatch.setattr(body, "parse_object", parse)
     asyncio.run(run())
 
 

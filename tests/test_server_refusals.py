@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 from clients import (
+    ask,
     asking,
     connect,
     data_uri,
@@ -44,6 +45,11 @@ SMALL = data_uri(np.zeros((32, 32, 3), np.uint8))
 HUGE = data_uri(np.zeros((301, 300, 3), np.uint8))
 HELLO = asking("Hello")
 OPEN: dict[str, Any] = {"type": "object", "properties": {"x": {"$ref": "#/nowhere"}}}
+CALL = {
+    "role": "assistant",
+    "tool_calls": [{"id": "call_1", "function": {"name": "f", "arguments": "{}"}}],
+}
+RESULTS = [{"role": "tool", "tool_call_id": f"call_{at}", "content": "4"} for at in (1, 2)]
 
 # name: the fields, the status, the field at fault, the code, and words of the message
 REFUSED: dict[str, tuple[dict[str, Any], int, str | None, str | None, str]] = {
@@ -64,6 +70,15 @@ REFUSED: dict[str, tuple[dict[str, Any], int, str | None, str | None, str]] = {
     "n too large": ({"n": 129}, 400, "n", "invalid_value", "128"),
     "seed": ({"seed": -1}, 400, "seed", "invalid_value", "0"),
     "stop": ({"stop": [""]}, 400, "stop", "invalid_value", "empty"),
+    "many stops": ({"stop": ["x"] * 65}, 400, "stop", "invalid_value", "64"),
+    "result of no call": (
+        {"messages": [*HELLO, CALL, *RESULTS, *HELLO]},
+        400,
+        "messages[3].tool_call_id",
+        "invalid_value",
+        "call_2",
+    ),
+    "many messages": ({"messages": HELLO * 4097}, 422, "messages", "invalid_type", "4096"),
     "logit_bias word": ({"logit_bias": {"cat": 1}}, 400, "logit_bias", "invalid_value", "cat"),
     "logit_bias token": ({"logit_bias": {"99999": 1}}, 400, "logit_bias", "invalid_value", "99999"),
     "timeout": ({"timeout": 0}, 400, "timeout", "invalid_value", "0"),
@@ -213,6 +228,11 @@ def test_refused(client: Any, name: str, streams: bool) -> None:
     assert words in error.body["message"]
     assert error.type == "invalid_request_error"
     assert error.response.headers["x-request-id"]
+
+
+@pytest.mark.parametrize("result", [RESULTS[0], {"role": "tool", "content": "4"}])
+def test_results_of_calls_are_read(client: Any, result: dict[str, Any]) -> None:
+    assert ask(client, [*HELLO, CALL, result], max_tokens=1)
 
 
 def test_other_routes_and_methods(client: Any) -> None:

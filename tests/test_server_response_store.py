@@ -52,9 +52,20 @@ def test_the_store_holds_its_bytes_and_counts_a_shared_turn_once() -> None:
     store.put(response("c", turn(90_000)))
     assert store.get("b") is None
     assert store.item("out_100000") is None
-    store.put(response("d", turn(200_000)))
-    assert len(store) == 0
-    assert store.num_bytes == 0
+    store.remove("c")
+    assert (len(store), store.num_bytes) == (0, 0)
+
+
+def test_what_is_too_large_makes_no_room_for_itself() -> None:
+    store = ResponseStore(max_responses=100, max_bytes=150_000)
+    kept = turn(90_000)
+    assert store.put(response("a", kept))
+    before = store.num_bytes
+    assert not store.put(response("b", turn(200_000)))
+    assert not store.put(response("c", kept, turn(70_000)))
+    assert (len(store), store.num_bytes) == (1, before)
+    assert store.item("out_200000") is None
+    assert not ResponseStore(max_responses=0, max_bytes=10**6).put(response("a"))
 
 
 @settings(max_examples=60, deadline=None)

@@ -223,6 +223,16 @@ def test_the_store_is_bounded(client: Any, live: Live) -> None:
     assert client.responses.retrieve(made[-1]).id == made[-1]
 
 
+def test_what_is_too_large_to_be_kept_says_so(
+    client: Any, live: Live, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept = len(live.serving.responses)
+    monkeypatch.setattr(live.serving.responses, "max_bytes", 10)
+    made = client.responses.create(input="Hi", max_output_tokens=1)
+    assert made.to_dict()["store"] is False
+    assert len(live.serving.responses) == kept
+
+
 def test_an_answer_that_ends_with_the_server_fails_in_its_own_words(
     client: Any, live: Live
 ) -> None:

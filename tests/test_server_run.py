@@ -101,8 +101,8 @@ app = Starlette(routes=[
     Route("/ticks", stream), Route("/stuck", stuck), Route("/state", state, methods=["GET", "POST"])
 ])
 options = ServerOptions(host="127.0.0.1", port=port, shutdown_sec=seconds)
-pictures = SimpleNamespace(close=lambda: None)
-serving = SimpleNamespace(options=options, host=host, pictures=pictures)
+pool = SimpleNamespace(close=lambda: None)
+serving = SimpleNamespace(options=options, host=host, pictures=pool, layouts=pool)
 sys.exit(cli.run(lambda: run.serve(app, serving)))
 """
 

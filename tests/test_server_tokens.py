@@ -228,6 +228,8 @@ SIZE = {"width": 64, "height": 64}
     [
         ([SIZE, {"width": 64}], 400, "images[1]", "height"),
         ([SIZE, {}], 400, "images[1]", "image_url"),
+        ([SIZE, {**SIZE, "image_url": "AAAA"}], 400, "images[1]", "either"),
+        ([SIZE, {"height": 64, "image_url": "AAAA"}], 400, "images[1]", "either"),
         ([SIZE, {"width": 0, "height": 64}], 400, "images[1]", "0x64"),
         ([SIZE, {"width": 1, "height": 300}], 400, "images[1]", "200 times"),
         ([SIZE, {"width": 10**9, "height": 10**9}], 413, "images[1]", "over the limit"),

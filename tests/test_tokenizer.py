@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import qwen3vl_mlx
 from qwen3vl_mlx.errors import CheckpointError, InputError, PromptError
+from qwen3vl_mlx.processing.lengths import CHARACTERS_PER_TOKEN, least_tokens
 from qwen3vl_mlx.processing.tokenizer import (
     StreamingDecoder,
     Tokenizer,
@@ -65,7 +66,42 @@ def test_encode_recognises_added_tokens_and_adds_none() -> None:
     assert not set(TOKENIZER.encode("Hi there")) & set(TOKENIZER.added_tokens.values())
 
 
-@pytest.mark.parametrize("text", ["\ud83d", "cut \ude42 in two"])
+LONG = [
+    *(text * (20_000 // max(1, len(text))) for text in TEXTS),
+    " " * 20_000,
+    "-" * 9_000 + "\n" * 9_000,
+    "\u1112\u1161\u11ab" * 3_000,
+    " \t\r\n".join(map(str, range(4_000))),
+    "x" * 4096,
+    "y" * 4097,
+]
+
+
+@pytest.mark.parametrize("text", LONG, ids=range(len(LONG)))
+def test_a_long_text_has_the_tokens_of_any_other_way_to_read_it(text: str) -> None:
+    assert TOKENIZER.encode(text) == TOKENIZER.backend.encode(text, add_special_tokens=False).ids
+
+
+@given(st.lists(UNICODE | LITERALS).map(lambda texts: "".join(texts) * 500))
+@settings(max_examples=30, deadline=None)
+def test_long_texts_in_general(text: str) -> None:
+    assert TOKENIZER.encode(text) == TOKENIZER.backend.encode(text, add_special_tokens=False).ids
+
+
+@given(st.lists(UNICODE | LITERALS | st.integers(1, 300).map(" ".__mul__)).map("".join))
+def test_a_text_has_no_fewer_tokens_than_its_length_tells(text: str) -> None:
+    assert least_tokens(text) <= len(TOKENIZER.encode(text))
+
+
+def test_only_runs_of_blanks_have_tokens_as_long_as_the_length_reckons_on_average() -> None:
+    bytes_of = [TOKENIZER.token_bytes(id_, False) for id_ in range(998)]
+    longest = max(len(token) for token in bytes_of)
+    assert longest <= CHARACTERS_PER_TOKEN
+    words = [token for token in bytes_of if token.strip()]
+    assert max(map(len, words)) < CHARACTERS_PER_TOKEN
+
+
+@pytest.mark.parametrize("text", ["\ud83d", "cut \ude42 in two", "a" * 5_000 + "\ud83d"])
 def test_half_a_surrogate_pair_is_refused(text: str) -> None:
     with pytest.raises(InputError, match="surrogate"):
         TOKENIZER.encode(text)

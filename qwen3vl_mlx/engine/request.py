@@ -73,6 +73,7 @@ class Handle:
         with self._ready:
             if isinstance(item, BaseException) or item.finish_reason is not None:
                 self.phase = "done"
+                self._on_cancel = _nothing  # who keeps the answer does not keep the engine
             self._items.append(item)
             self._ready.notify_all()
             if self._waiter is not None:
@@ -108,6 +109,10 @@ class Handle:
             raise item
         self._ended = item.finish_reason is not None
         return item
+
+
+def _nothing(_: Handle) -> None:
+    pass
 
 
 class Stream:

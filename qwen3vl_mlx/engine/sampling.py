@@ -41,6 +41,9 @@ _WHOLE = ("top_k", "dry_allowed_length", "top_logprobs", "max_tokens", "thinking
 _OPTIONAL = ("max_tokens", "thinking_budget", "seed")
 _SWITCHES = ("logprobs", "ignore_eos", "loop_guard")
 _STRINGS = ("stop", "dry_sequence_breakers")
+# Each is looked for in every answer's text, or in the vocabulary, while others wait.
+_MOST_STRINGS = 64
+_LONGEST_STRING = 256
 
 _GREEDY_BELOW = 1e-6  # temperature
 # A bias of -inf becomes this: never drawn, unless a grammar allows nothing else.
@@ -56,7 +59,8 @@ class SamplingParams:
     max_tokens None generates until the model ends or its context is full; ignore_eos goes on past
     the model's end, but not past a grammar's. `thinking_budget` bounds the reasoning, in tokens.
     `loop_guard` ends an answer that repeats itself without end. DRY (text-generation-webui #5677)
-    penalises the token that would continue a repeat of at least dry_allowed_length tokens. Raises
+    penalises the token that would continue a repeat of at least dry_allowed_length tokens. `stop`
+    and `dry_sequence_breakers` are at most 64 strings, of at most 256 characters each. Raises
     InputError naming the parameter that is out of range.
     """
 
@@ -92,6 +96,11 @@ class SamplingParams:
             value = getattr(self, name)
             if not isinstance(value, tuple) or not all(isinstance(s, str) and s for s in value):
                 raise InputError(f"{name} must be strings that are not empty, got {value!r}")
+            if len(value) > _MOST_STRINGS or any(len(s) > _LONGEST_STRING for s in value):
+                raise InputError(
+                    f"{name} must be at most {_MOST_STRINGS} strings of {_LONGEST_STRING} "
+                    f"characters each, got {len(value)}, the longest of {max(map(len, value))}"
+                )
         if not _maps_ids(self.logit_bias):
             raise InputError(f"logit_bias must map token ids to numbers, got {self.logit_bias!r}")
         if self.top_logprobs and not self.logprobs:

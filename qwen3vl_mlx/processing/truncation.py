@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from qwen3vl_mlx.errors import TooLongError
+from qwen3vl_mlx.processing.lengths import least_tokens
 from qwen3vl_mlx.processing.prompt import Prompt
 
 _KEPT_ROLES = ("system", "developer")
@@ -34,7 +35,9 @@ def shorten(
         return [m for m, turn in pairs if turn >= dropped or m.get("role") in _KEPT_ROLES]
 
     def length(dropped: int) -> int:
-        return len(layout(without(dropped)).token_ids)
+        kept = without(dropped)
+        least = least_tokens(kept)
+        return least if least > limit else len(layout(kept).token_ids)
 
     if length(0) <= limit:
         return list(messages)

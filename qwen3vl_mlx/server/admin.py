@@ -20,6 +20,7 @@ from qwen3vl_mlx.saving import live_assignment
 from qwen3vl_mlx.server.body import JsonRoute
 from qwen3vl_mlx.server.errors import ApiError
 from qwen3vl_mlx.server.fields import Fields, check_fields
+from qwen3vl_mlx.server.host import ModelHost
 from qwen3vl_mlx.server.question import while_connected
 from qwen3vl_mlx.server.reply import JsonReply
 from qwen3vl_mlx.server.serving import Serving, ServingOf
@@ -95,7 +96,7 @@ async def root(serving: ServingOf) -> Response:
 async def re_isq(fields: ReIsqFields, request: Request, serving: ServingOf) -> Response:
     """Quantize the model anew, from its source; needs `--enable-re-isq`.
 
-    Answers under way are waited for, for a minute, and new ones wait meanwhile.
+    Answers under way are waited for, for a minute; new ones wait while it is done.
     """
     if not serving.options.enable_re_isq:
         raise ApiError(
@@ -119,8 +120,7 @@ async def _requantize(serving: Serving, name: str) -> dict[str, Any]:
             raise ApiError(400, str(error), param="quantize", code="invalid_value") from error
     started = time.perf_counter()
     async with serving.host.exclusive() as model:
-        await serving.host.run(partial(model.requantize, name))
-        serving.host.after_load(partial(Qwen3VL.requantize, quantize=name))  # if it is unloaded
+        await serving.host.run(partial(_change, serving.host, model, name))
         assignment, nbytes = live_assignment(model.model), weights_bytes(model.model)
     return {
         "model": serving.host.names[0],
@@ -128,3 +128,9 @@ async def _requantize(serving: Serving, name: str) -> dict[str, Any]:
         "weights_bytes": nbytes,
         "seconds": round(time.perf_counter() - started, 3),
     }
+
+
+def _change(host: ModelHost, model: Qwen3VL, name: str) -> None:
+    """Requantize now, and whenever the model is loaded again, whether or not a client waits."""
+    model.requantize(name)
+    host.after_load(partial(Qwen3VL.requantize, quantize=name))

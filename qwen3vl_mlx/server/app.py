@@ -34,7 +34,7 @@ _log = logging.getLogger(__name__)
 _CLIENT_GONE = 499  # nginx's; nobody reads it but the log
 
 _PLACES = ("body", "query", "path", "header")  # where FastAPI says a field is
-_SHAPE = re.compile(r"(str|int|float|bool|none|[A-Z]\w*|(list|dict|literal|tuple)\[.*)", re.DOTALL)
+_SHAPE = re.compile(r"(str|int|float|bool|none|(list|dict|literal|tuple)\[.*)", re.DOTALL)
 _LONGEST_NAME = 200
 
 
@@ -100,7 +100,10 @@ def _field(place: Sequence[str | int]) -> str:
     """`messages[0].content` of pydantic's place, up to where it names one of several shapes."""
     name = ""
     for part in place[1:] if place[:1] and place[0] in _PLACES else place:
-        if isinstance(part, str) and _SHAPE.fullmatch(part):
+        if isinstance(part, int):
+            name += f"[{part}]"
+        elif _SHAPE.fullmatch(part):
             break
-        name += f"[{part}]" if isinstance(part, int) else f".{part}"
+        elif not part[:1].isupper():  # what is upper case names a model, one of several
+            name += f".{part}"
     return name.lstrip(".")[:_LONGEST_NAME]

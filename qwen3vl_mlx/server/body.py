@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import codecs
 import math
 from collections.abc import Callable, Coroutine
@@ -16,6 +17,9 @@ from qwen3vl_mlx.server.errors import ApiError
 from qwen3vl_mlx.server.question import ClientGoneError
 
 _MOST_COMMAS = 500_000  # a Python object takes 20 times the bytes of a short JSON value
+_LARGE = 2**20  # bytes that take longer to parse than other requests shall wait
+_MOST_OBJECTS = 50_000  # and lists: what is done for each is slower than for a number
+_MOST_NAMES = 10_000  # in one object
 _LARGEST = 2**64  # integers below it: the largest that any field takes is a seed
 
 
@@ -27,7 +31,11 @@ class JsonRequest(Request):
     async def json(self) -> dict[str, Any]:
         if self._parsed is None:
             depth = self.app.state.serving.options.max_json_depth
-            self._parsed = parse_object(await self.body(), depth)
+            body = await self.body()
+            if len(body) > _LARGE:
+                self._parsed = await asyncio.to_thread(parse_object, body, depth)
+            else:
+                self._parsed = parse_object(body, depth)
             self._body = b"{}"  # what was read may hold many pictures, and is not needed again
         return self._parsed
 
@@ -56,14 +64,13 @@ def parse_object(data: bytes, max_depth: int) -> dict[str, Any]:
 
     Raises ApiError: 400 for what is not JSON (NaN, halves of surrogate pairs and numbers of
     thousands of digits included), for numbers beyond float64 or 64 bits, and for nesting deeper
-    than `max_depth`; 413 for too many values; 422 for another kind of value.
+    than `max_depth`; 413 for too many values, objects or names in an object; 422 for another kind
+    of value.
     """
     if not data:
         raise ApiError(400, "the body is empty; send a JSON object", code="invalid_json")
     if data.count(b",") > _MOST_COMMAS:
-        raise ApiError(
-            413, f"the body holds more than {_MOST_COMMAS:,} values; send fewer", code="too_large"
-        )
+        raise _too_many("the body", _MOST_COMMAS, "values")
     try:
         value = from_json(data.removeprefix(codecs.BOM_UTF8), allow_inf_nan=False)
     except ValueError as error:
@@ -89,9 +96,15 @@ _KINDS = {
 def _check(value: dict[str, Any], max_depth: int) -> None:
     """Look at all values, level by level: no depth of nesting can exhaust Python's stack."""
     level: list[dict[str, Any] | list[Any]] = [value]
+    count = 0
     for _ in range(max_depth):
         below = []
+        count += len(level)
+        if count > _MOST_OBJECTS:
+            raise _too_many("the body", _MOST_OBJECTS, "objects and lists")
         for each in level:
+            if isinstance(each, dict) and len(each) > _MOST_NAMES:
+                raise _too_many("an object of the body", _MOST_NAMES, "names")
             for inner in each.values() if isinstance(each, dict) else each:
                 if isinstance(inner, (dict, list)):
                     below.append(inner)
@@ -107,6 +120,10 @@ def _check(value: dict[str, Any], max_depth: int) -> None:
         f"the body is nested deeper than {max_depth} levels; flatten it",
         code="too_deep",
     )
+
+
+def _too_many(what: str, most: int, kind: str) -> ApiError:
+    return ApiError(413, f"{what} holds more than {most:,} {kind}; send fewer", code="too_large")
 
 
 def _too_large(message: str) -> ApiError:

@@ -17,7 +17,7 @@ class Changes:
 
     def __init__(self) -> None:
         self._condition = threading.Condition()  # of a lock that its holder may take again
-        self._wakers: list[Callable[[], None]] = []
+        self._wakers: dict[object, Callable[[], None]] = {}
 
     def __enter__(self) -> None:
         self._condition.acquire()
@@ -34,7 +34,7 @@ class Changes:
         """Wake all who wait, in threads and in event loops."""
         with self._condition:
             self._condition.notify_all()
-            for wake in self._wakers:
+            for wake in self._wakers.values():
                 with suppress(RuntimeError):  # its loop is closed: nobody waits there any more
                     wake()
 
@@ -62,7 +62,7 @@ class Changes:
 
         timer = None if patience is None else loop.call_later(patience, give_up)
         with self._condition:
-            self._wakers.append(wake)
+            self._wakers[changed] = wake
         try:
             while True:
                 changed.clear()
@@ -74,6 +74,6 @@ class Changes:
                 await changed.wait()
         finally:
             with self._condition:
-                self._wakers.remove(wake)
+                del self._wakers[changed]
             if timer is not None:
                 timer.cancel()

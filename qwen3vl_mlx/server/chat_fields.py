@@ -10,7 +10,15 @@ from pydantic import Field
 from qwen3vl_mlx.asking import Form, Look
 from qwen3vl_mlx.processing.processor import Messages
 from qwen3vl_mlx.server.errors import ApiError
-from qwen3vl_mlx.server.fields import Fields
+from qwen3vl_mlx.server.fields import Fields, Many
+from qwen3vl_mlx.server.known_keys import (
+    GRAMMAR,
+    MESSAGES,
+    RESPONSE_FORMAT,
+    TOOL_CHOICE,
+    TOOLS,
+    Shape,
+)
 from qwen3vl_mlx.server.question import Question, Thinking
 
 MOST_ANSWERS = 128
@@ -67,9 +75,9 @@ class SamplingFields(Fields):
     dry_multiplier: float | None = Field(None, description="DRY against repeated phrases; 0 is off")
     dry_base: float | None = None
     dry_allowed_length: int | None = None
-    dry_sequence_breakers: list[str] | None = None
+    dry_sequence_breakers: Many[str] | None = None
     logit_bias: dict[str, float] | None = Field(None, description="Added to logits, by token id")
-    stop: str | list[str] | None = Field(None, description="The answer ends before these")
+    stop: str | Many[str] | None = Field(None, description="The answer ends before these")
     seed: int | None = Field(None, description="The same seed gives the same answer")
     ignore_eos: bool | None = None
     loop_guard: bool | None = Field(None, description="End an answer that repeats itself for ever")
@@ -84,7 +92,7 @@ class SamplingFields(Fields):
 class ChatFields(SamplingFields):
     """A chat request. Only `messages` is required."""
 
-    messages: str | list[dict[str, Any]] = Field(
+    messages: str | Many[dict[str, Any]] = Field(
         description="Chat messages; content is a text or a list of parts, in any order: "
         '{"type": "text", "text": ...} and {"type": "image_url", "image_url": {"url": ..., '
         '"detail": "low" | "high" | "auto"}}. A plain string is one user message.'
@@ -100,7 +108,7 @@ class ChatFields(SamplingFields):
     grammar: dict[str, Any] | None = Field(
         None, description='{"type": "regex" | "json_schema" | "lark" | "llguidance", "value": ...}'
     )
-    tools: list[dict[str, Any]] | None = None
+    tools: Many[dict[str, Any]] | None = None
     tool_choice: str | dict[str, Any] | None = None
     parallel_tool_calls: bool | None = None
     enable_thinking: bool | None = None
@@ -116,7 +124,7 @@ class ChatFields(SamplingFields):
     prompt_cache_key: str | None = None
     metadata: dict[str, Any] | None = None
     # What OpenAI's server has, in the only form in which it is true here
-    modalities: list[Literal["text"]] | None = None
+    modalities: Many[Literal["text"]] | None = None
     service_tier: Literal["auto", "default"] | None = None
     verbosity: Literal["medium"] | None = None
     store: bool | None = None
@@ -126,6 +134,7 @@ class ChatFields(SamplingFields):
         "function_call": _USE_TOOLS,
         "audio": "the models make text only",
         "prediction": "start the server with --lookup: it guesses from the prompt by itself",
+        "prompt_cache_options": "prefixes are kept while there is room, see --cache-folder",
         "prompt_cache_retention": "prefixes are kept while there is room, see --cache-folder",
         "store": "these answers are not kept; those of /v1/responses are",
         "moderation": "nothing is moderated here",
@@ -137,6 +146,13 @@ class ChatFields(SamplingFields):
         "code_execution_permission": _NO_AGENT,
         "enable_shell": _NO_AGENT,
         "adapter": "LoRA adapters are not loaded; merge them into the checkpoint",
+    }
+    inner: ClassVar[Mapping[str, Shape]] = {
+        "messages": MESSAGES,
+        "tools": TOOLS,
+        "tool_choice": TOOL_CHOICE,
+        "response_format": RESPONSE_FORMAT,
+        "grammar": GRAMMAR,
     }
 
     @property
@@ -163,10 +179,12 @@ class ChatFields(SamplingFields):
                 param="max_completion_tokens",
                 code="invalid_value",
             )
+        messages = as_messages(self.messages)
+        _check_results(messages)
         template = self.chat_template_kwargs or TemplateOptions()
         most = _one_of(max_tokens=self.max_tokens, max_completion_tokens=self.max_completion_tokens)
         return Question(
-            messages=as_messages(self.messages),
+            messages=messages,
             model=self.model,
             sampling={**self.sampling(), "max_tokens": most},
             form=Form(
@@ -201,6 +219,26 @@ class ChatFields(SamplingFields):
 def as_messages(messages: str | list[dict[str, Any]]) -> Messages:
     """A plain string is one user message."""
     return [{"role": "user", "content": messages}] if isinstance(messages, str) else messages
+
+
+def _check_results(messages: Messages) -> None:
+    """Refuse a tool's result for a call that nobody made. One without an id follows its call."""
+    made: set[str] = set()
+    for at, message in enumerate(messages):
+        if message.get("role") == "tool":
+            answered = message.get("tool_call_id")
+            if answered is not None and not (isinstance(answered, str) and answered in made):
+                raise ApiError(
+                    400,
+                    f"messages[{at}].tool_call_id is {str(answered)[:100]!r}, which no tool call "
+                    "before it has; send the assistant's message with the call too",
+                    param=f"messages[{at}].tool_call_id",
+                    code="invalid_value",
+                )
+        calls = message.get("tool_calls")
+        if isinstance(calls, list):
+            ids = (call.get("id") for call in calls if isinstance(call, dict))
+            made.update(each for each in ids if isinstance(each, str))
 
 
 def _one_of(**values: Any) -> Any:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from qwen3vl_mlx import __version__
 from qwen3vl_mlx.engine.logprobs import TokenLogprob
 from qwen3vl_mlx.engine.output import Chunk, Completion, FinishReason, ToolCall, Usage
 from qwen3vl_mlx.server.errors import ApiError, openai_error
@@ -24,15 +22,6 @@ _TIMES = (
     "time_to_first_token_sec",
     "peak_memory_bytes",
 )
-
-
-def fingerprint(answers: Answers) -> str:
-    """The same as long as model, weights and program are."""
-    loaded = answers.loaded
-    name = loaded.source.repo_id or loaded.source.folder.name
-    weights = loaded.engine.scheduler.admission.weights  # bytes: what quantizing anew changes
-    text = f"{name} {loaded.source.commit} {weights} {__version__}"
-    return "fp_" + hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 def finish_fields(reason: FinishReason, stop: str | None) -> dict[str, str | None]:
@@ -68,7 +57,7 @@ def usage_fields(usages: Sequence[Usage], reasoning_tokens: int) -> dict[str, An
 
 def reasoning_tokens(answers: Answers, reasoning: str) -> int:
     """Tokens of thought, counted anew from its text."""
-    return len(answers.loaded.processor.tokenizer.encode(reasoning)) if reasoning else 0
+    return len(answers.tokenizer.encode(reasoning)) if reasoning else 0
 
 
 def call_fields(call: ToolCall) -> dict[str, Any]:
@@ -108,7 +97,7 @@ def completion_body(answers: Answers, completions: Sequence[Completion]) -> dict
         "choices": [_choice(index, answer) for index, answer in enumerate(completions)],
         "usage": usage_fields([answer.usage for answer in completions], thoughts),
         "service_tier": "default",
-        "system_fingerprint": fingerprint(answers),
+        "system_fingerprint": answers.fingerprint,
     }
 
 
@@ -139,7 +128,7 @@ async def completion_events(answers: Answers, *, wants_usage: bool) -> AsyncGene
         "created": answers.created,
         "model": answers.model,
         "service_tier": "default",
-        "system_fingerprint": fingerprint(answers),
+        "system_fingerprint": answers.fingerprint,
     }
 
     def event(choices: list[dict[str, Any]], usage: dict[str, Any] | None = None) -> bytes:

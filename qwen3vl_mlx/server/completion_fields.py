@@ -9,6 +9,8 @@ from pydantic import Field
 
 from qwen3vl_mlx.server.chat_fields import MOST_ANSWERS, SamplingFields, StreamOptions
 from qwen3vl_mlx.server.errors import ApiError
+from qwen3vl_mlx.server.fields import Long, Many
+from qwen3vl_mlx.server.known_keys import GRAMMAR, RESPONSE_FORMAT, Shape
 
 _DEFAULT_MAX_TOKENS = 16  # OpenAI's: a raw prompt rarely ends by itself
 
@@ -16,7 +18,7 @@ _DEFAULT_MAX_TOKENS = 16  # OpenAI's: a raw prompt rarely ends by itself
 class CompletionFields(SamplingFields):
     """A prompt to be continued as it stands."""
 
-    prompt: str | list[str] | list[int] | list[list[int]] | None = Field(
+    prompt: str | Many[str] | Long[int] | Many[Long[int]] | None = Field(
         None,
         description="One prompt or several, as text or token ids. No chat template is applied, and "
         "literals such as <|im_start|> are control tokens. Unset: a new document",
@@ -50,6 +52,10 @@ class CompletionFields(SamplingFields):
     impossible: ClassVar[Mapping[str, str]] = {
         "suffix": "the models do not fill in the middle; put all context into prompt",
         "adapter": "LoRA adapters are not loaded; merge them into the checkpoint",
+    }
+    inner: ClassVar[Mapping[str, Shape]] = {
+        "response_format": RESPONSE_FORMAT,
+        "grammar": GRAMMAR,
     }
 
     @property

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from qwen3vl_mlx.engine.output import Completion, Usage
-from qwen3vl_mlx.server.chat_reply import fingerprint, finish_fields, usage_fields
+from qwen3vl_mlx.server.chat_reply import finish_fields, usage_fields
 from qwen3vl_mlx.server.completion_fields import CompletionFields
 from qwen3vl_mlx.server.completion_logprobs import LegacyLogprobs, Lists, joined
 from qwen3vl_mlx.server.event_stream import DONE, sse
@@ -94,7 +94,7 @@ def _head(answers: Answers) -> dict[str, Any]:
         "object": "text_completion",
         "created": answers.created,
         "model": answers.model,
-        "system_fingerprint": fingerprint(answers),
+        "system_fingerprint": answers.fingerprint,
     }
 
 
@@ -111,7 +111,7 @@ def _listed(answers: Answers, fields: CompletionFields, opening: Opening) -> Leg
     """What lists the log-probabilities of one answer, where they are wanted."""
     if fields.logprobs is None:
         return None
-    return LegacyLogprobs(answers.loaded.processor.tokenizer, len(opening.text), fields.logprobs)
+    return LegacyLogprobs(answers.tokenizer, len(opening.text), fields.logprobs)
 
 
 def _mean_logprob(answer: Completion) -> float:

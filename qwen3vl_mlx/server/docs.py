@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, Final
 
 from fastapi import FastAPI
 from fastapi.openapi.docs import get_swagger_ui_html
-from fastapi.responses import HTMLResponse
+from fastapi.responses import HTMLResponse, JSONResponse
 from fastapi.staticfiles import StaticFiles
 
 from qwen3vl_mlx.server.examples import PICTURE
@@ -15,6 +17,10 @@ from qwen3vl_mlx.server.examples import PICTURE
 _PAGE = "/docs"
 _FILES = "/docs/files"
 _OPENAPI = "/openapi.json"
+_OPENAPI_OF_MISTRAL_RS = "/api-doc/openapi.json"
+# By path, method and name, answers of the demo. An object is JSON, a list the events of a stream
+# and a string plain text. Written by `python tests/test_server_docs.py`.
+ANSWERS: Final = Path(__file__).with_name("answers.json")
 _SETTINGS: Final = {
     "tryItOutEnabled": True,
     "displayRequestDuration": True,
@@ -39,12 +45,16 @@ def add_docs(app: FastAPI) -> None:
             swagger_ui_parameters=dict(_SETTINGS),
         )
 
+    @app.get(_OPENAPI_OF_MISTRAL_RS, include_in_schema=False)
+    async def openapi() -> JSONResponse:
+        return JSONResponse(app.openapi())
+
     generate = app.openapi
 
     def described() -> dict[str, Any]:
-        known = app.openapi_schema is not None
+        known = app.openapi_schema
         schema = generate()
-        if not known:
+        if schema is not known:
             _describe(schema, with_key=bool(app.state.serving.options.api_keys))
         return schema
 
@@ -60,9 +70,10 @@ def _describe(schema: dict[str, Any], with_key: bool) -> None:
     if with_key:
         components["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
         schema["security"] = [{"key": []}]
+    answers = json.loads(ANSWERS.read_text(encoding="utf-8"))
     for path, operations in schema["paths"].items():
         examples = EXAMPLES.get(path, {})
-        for operation in operations.values():
+        for method, operation in operations.items():
             said = operation.get("description", operation["summary"])
             operation["summary"] = said.partition("\n")[0]
             responses = operation["responses"]
@@ -71,8 +82,71 @@ def _describe(schema: dict[str, Any], with_key: bool) -> None:
             if "requestBody" in operation:
                 body = operation["requestBody"]["content"]["application/json"]
                 body["examples"] = {name: {"value": value} for name, value in examples.items()}
-            if any("stream" in example for example in examples.values()):
-                responses["200"]["content"]["text/event-stream"] = {"schema": {"type": "string"}}
+            if path in _REFUSED:
+                del responses["200"]
+            elif told := answers.get(path, {}).get(method):
+                responses["200"] = _success(told)
+            if path == "/health":
+                shape = responses["200"]["content"]["application/json"]["schema"]
+                content = {"application/json": {"schema": shape}}
+                responses["503"] = {"description": "Not ready", "content": content}
+
+
+_REFUSED: Final = ("/v1/responses/{response_id}/cancel",)  # always
+
+
+def _success(answers: Mapping[str, Any]) -> dict[str, Any]:
+    """The description of status 200. answers: by name, as in the file."""
+    content: dict[str, dict[str, Any]] = {}
+    for name, answer in answers.items():
+        kind, shown = "application/json", answer
+        if isinstance(answer, list):
+            kind, shown = "text/event-stream", "\n\n".join(answer) + "\n\n"
+        elif isinstance(answer, str):
+            kind = "text/plain"
+        content.setdefault(kind, {"examples": {}})["examples"][name] = {"value": shown}
+    whole = [answer for answer in answers.values() if isinstance(answer, dict)]
+    if whole:
+        content["application/json"]["schema"] = _shape_of(whole)
+    return {"description": "Answered", "content": content}
+
+
+def _shape_of(answers: list[dict[str, Any]]) -> dict[str, Any]:
+    """The schema of objects like these: what all of them have, and the types it has in all."""
+    common = [name for name in answers[0] if all(name in answer for answer in answers)]
+    return _object(
+        **{
+            name: _type_of([answer[name] for answer in answers], _VARIES.get(name, ()))
+            for name in common
+            if name not in _SOMETIMES
+        }
+    )
+
+
+def _type_of(values: list[Any], others: tuple[str, ...]) -> dict[str, Any]:
+    if None in values:
+        return {}  # what it is when it is there, the examples do not show
+    types = dict.fromkeys([*(_TYPES[type(value)] for value in values), *others])
+    return {"type": [*types]} if len(types) > 1 else {"type": next(iter(types))}
+
+
+_TYPES: Final = {
+    bool: "boolean",
+    int: "integer",
+    float: "number",
+    str: "string",
+    list: "array",
+    dict: "object",
+}
+# Fields of answers that may be of another type than in the examples, or not there
+_VARIES: Final[Mapping[str, tuple[str, ...]]] = {
+    "first_id": ("null",),
+    "last_id": ("null",),
+    "max_model_len": ("null",),
+    "max_output_tokens": ("null",),
+    "tool_choice": ("object",),
+}
+_SOMETIMES: Final = ("completed_at",)
 
 
 _TEXT: Final = {"type": "string"}
@@ -101,7 +175,7 @@ _QUESTION: Final = "Describe the image."
 _SHORT: Final = {"max_tokens": 32, "temperature": 0}
 _SCHEMA: Final = {
     "type": "object",
-    "properties": {"colour": {"enum": ["red", "green", "blue"]}, "count": {"type": "integer"}},
+    "properties": {"colour": {"enum": ["red", "green", "blue"]}, "count": {"enum": [1, 2, 3]}},
     "required": ["colour", "count"],
     "additionalProperties": False,
 }
@@ -183,8 +257,8 @@ EXAMPLES: Final[Mapping[str, Mapping[str, Mapping[str, Any]]]] = {
         },
     },
     "/v1/completions": {
-        "a text": {"model": "default", "prompt": "A red", **_SHORT},
-        "a stream": {"model": "default", "prompt": "A red", **_SHORT, "stream": True},
+        "a text": {"model": "default", "prompt": "A blue background", **_SHORT},
+        "a stream": {"model": "default", "prompt": "A blue background", **_SHORT, "stream": True},
     },
     "/v1/responses": {
         "a picture": _RESPONSE,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from qwen3vl_mlx.errors import (
@@ -17,7 +18,10 @@ from qwen3vl_mlx.errors import (
 )
 
 _LONGEST = 1000  # characters of a message: it may quote what the client sent
+_LONGEST_LINE = 300
 _RETRY_SEC = "1"
+_FREE_SEC = "5"  # after which a model in use may be asked for alone again
+_FOLDERS = re.compile(r"(?<![\w/:.~])[~.]*/(?:[^\s/'\"]+/)*")
 
 _OPENAI_KINDS = {
     401: "authentication_error",
@@ -105,3 +109,25 @@ def _field_at_fault(message: str, fields: Collection[str]) -> str | None:
     """The field a message begins with: errors of this package name it there."""
     found = re.match(r"(\w+)(?:\[\d+\]|\.\w+)*", message)
     return found[0] if found and found[1] in fields else None
+
+
+def stopping() -> ApiError:
+    """What is told to whoever asks too late."""
+    return ApiError(503, "the server is shutting down", code="shutting_down")
+
+
+def model_busy(patience: float) -> ApiError:
+    """What is told to whoever waited `patience` seconds for the model alone."""
+    return ApiError(
+        409,
+        f"the model is in use, and was not free within {patience:g} seconds; ask again later",
+        code="model_busy",
+        headers={"Retry-After": _FREE_SEC},
+    )
+
+
+def one_line(error: Exception) -> str:
+    """An error in one line for strangers: files keep their names, not where they are."""
+    line = " ".join(str(error).split()) or type(error).__name__
+    line = line.replace(str(Path.home()), "~")
+    return _FOLDERS.sub("", line)[:_LONGEST_LINE]

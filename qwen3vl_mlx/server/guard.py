@@ -29,7 +29,8 @@ from qwen3vl_mlx.server.serving import Serving
 
 _log = logging.getLogger(__name__)
 
-_OPEN_PATHS = {"/", "/health", "/docs", "/openapi.json"}  # need no key, as the files of /docs do
+# These need no key, as the files of /docs do.
+_OPEN_PATHS = {"/", "/health", "/docs", "/openapi.json", "/api-doc/openapi.json"}
 _DOCS_FILES = "/docs/"
 _HARMLESS = {"GET", "HEAD", "OPTIONS"}  # change nothing, and answer no other origin
 _CLIENT_LEFT = 499

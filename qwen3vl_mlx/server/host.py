@@ -10,7 +10,6 @@ import asyncio
 import atexit
 import gc
 import logging
-import re
 import threading
 import time
 from collections import deque
@@ -19,14 +18,14 @@ from concurrent.futures import Future
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Literal, Protocol, TypeAlias, TypeVar
+from weakref import WeakSet
 
 import mlx.core as mx
 
 from qwen3vl_mlx.api import Qwen3VL
 from qwen3vl_mlx.server.changes import Changes
-from qwen3vl_mlx.server.errors import ApiError
+from qwen3vl_mlx.server.errors import ApiError, model_busy, one_line, stopping
 from qwen3vl_mlx.server.lease import Lease
 
 Result = TypeVar("Result")
@@ -34,9 +33,8 @@ State: TypeAlias = Literal["loading", "ready", "failed", "unloaded", "closing"]
 
 DEFAULT_NAME = "default"  # always means the model that is served
 
+_HOLD_SEC = 5.0  # that new requests wait for `exclusive`, whose turn may be long in coming
 _RETRY_SEC = 5  # after which a client may ask again for what is not there yet
-_LONGEST_REASON = 300
-_FOLDERS = re.compile(r"(?<![\w/:.~])[~.]*/(?:[^\s/'\"]+/)*")
 
 _log = logging.getLogger(__name__)
 
@@ -76,6 +74,7 @@ class ModelHost:
         self._load = load
         self._change: Callable[[Qwen3VL], None] | None = None
         self._changes = Changes()  # guards the rest
+        self._end = Changes()  # every request waits for it, so nothing else may wake them
         self._state: State = "unloaded"
         self._since = time.monotonic()  # of the state
         self._used = self._since  # when it was last given back
@@ -84,7 +83,7 @@ class ModelHost:
         self._first = False  # the load that requests do not wait for
         self._users = 0
         self._held = False  # by `exclusive`
-        self._answers: set[Endable] = set()
+        self._answers: WeakSet[Endable] = WeakSet()  # what nobody reads ends by itself
         self._ending = False  # no more requests
         self._closing = False  # no more model
         self._tasks: deque[Callable[[], None]] = deque()
@@ -107,7 +106,8 @@ class ModelHost:
         known = ", ".join(dict.fromkeys((*self.names, DEFAULT_NAME)))
         raise ApiError(
             404,
-            f"no model {asked[:100]!r} is served here; ask for one of: {known}",
+            f"no model {asked[:100]!r} is served here; ask for one of: {known} "
+            "(--alias adds names)",
             param="model",
             code="model_not_found",
         )
@@ -142,26 +142,42 @@ class ModelHost:
 
     @asynccontextmanager
     async def exclusive(self, patience: float = 60.0) -> AsyncIterator[Qwen3VL]:
-        """The model for oneself: waits for the requests that use it, and lets new ones wait.
+        """The model for oneself: waits for the requests that use it.
 
-        Others go on when the block is left and what it had `run` is done. Raises ApiError: what
-        `lease` does, and 409 where the model is not free within `patience` seconds.
+        New ones wait too, but only for a few seconds until it is free: one long answer is not to
+        hold up all. Others go on when the block is left and what it had `run` is done. Raises
+        ApiError: what `lease` does, and 409 where the model is not free within `patience` seconds.
         """
+        if (model := await self._held_alone(patience)) is None:
+            raise model_busy(patience)
+        try:
+            yield model
+        finally:
+            self._send(self._let_go)
 
+    async def _held_alone(self, patience: float) -> Qwen3VL | None:
         def hold(model: Qwen3VL) -> Qwen3VL:
             self._held = True
             return model
 
+        def hold_if_unused(model: Qwen3VL) -> Qwen3VL | None:
+            return None if self._users else hold(model)
+
         until = time.monotonic() + patience
         if (model := await self._changes.until(self._taking(hold), patience)) is None:
-            raise _busy(patience)
+            return None
+        free = False
         try:
-            left = until - time.monotonic()
-            if await self._changes.until(lambda: self._users == 0 or None, left) is None:
-                raise _busy(patience)
-            yield model
+            left = min(_HOLD_SEC, until - time.monotonic())
+            free = bool(await self._changes.until(lambda: self._users == 0 or None, left))
         finally:
-            self._send(self._let_go)
+            if not free:
+                self._let_go()
+        if free:
+            return model
+        del model  # it may be unloaded meanwhile
+        left = until - time.monotonic()
+        return await self._changes.until(self._taking(hold_if_unused), left)
 
     async def run(self, action: Callable[[], Result]) -> Result:
         """Do something slow to the model on its thread, inside `exclusive`.
@@ -198,7 +214,7 @@ class ModelHost:
 
     async def ended(self) -> None:
         """Return when no more requests are taken, for what has no answers to end yet."""
-        await self._changes.until(lambda: self._ending or None)
+        await self._end.until(lambda: self._ending or None)
 
     async def end_all(self, patience: float = 5.0) -> bool:
         """End all open answers and take no more requests; whether all were shut in time."""
@@ -206,6 +222,7 @@ class ModelHost:
             self._ending = True
             self._changes.notify()
             answers = list(self._answers)
+        self._end.notify()
         for each in answers:
             each.end()
         return await self._changes.until(lambda: not self._answers or None, patience) is not None
@@ -219,6 +236,7 @@ class ModelHost:
         with self._changes:
             self._ending = self._closing = True
             self._changes.notify()
+        self._end.notify()
         until = None if patience is None else time.monotonic() + patience
         while self._thread is not None and self._thread.is_alive():
             if until is not None and self._working and time.monotonic() > until:
@@ -243,7 +261,7 @@ class ModelHost:
     def _usable(self, asked: bool) -> Qwen3VL | None:
         """The model, or None while it loads again. asked: not to be begun once more."""
         if self._ending:
-            raise _stopping()
+            raise stopping()
         if self._state == "failed" and (self._first or asked):
             raise ApiError(
                 503,
@@ -344,7 +362,7 @@ class ModelHost:
         except Exception as error:  # noqa: BLE001  # whatever it is, it is told of
             shown = _log.isEnabledFor(logging.DEBUG)
             _log.error("%s could not be loaded: %s", self.names[0], error, exc_info=shown)
-            self._enter("failed", _reason(error))
+            self._enter("failed", one_line(error))
             return
         _log.info("%s is ready after %.1f seconds", self.names[0], time.monotonic() - started)
         with self._changes:
@@ -369,27 +387,7 @@ class ModelHost:
             return
         try:
             if self._closing:
-                raise _stopping()
+                raise stopping()
             future.set_result(action())
         except BaseException as error:  # noqa: BLE001
             future.set_exception(error)
-
-
-def _stopping() -> ApiError:
-    return ApiError(503, "the server is shutting down", code="shutting_down")
-
-
-def _busy(patience: float) -> ApiError:
-    return ApiError(
-        409,
-        f"the model is in use, and was not free within {patience:g} seconds; ask again later",
-        code="model_busy",
-        headers={"Retry-After": str(_RETRY_SEC)},
-    )
-
-
-def _reason(error: Exception) -> str:
-    """An error in one line for strangers: files keep their names, not where they are."""
-    line = " ".join(str(error).split()) or type(error).__name__
-    line = line.replace(str(Path.home()), "~")
-    return _FOLDERS.sub("", line)[:_LONGEST_REASON]

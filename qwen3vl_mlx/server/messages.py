@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Coroutine, Mapping
 from contextlib import aclosing
 from dataclasses import replace
+from functools import partial
 from typing import Any, TypeVar
 
 from fastapi import APIRouter, Request
@@ -15,8 +15,9 @@ from qwen3vl_mlx.engine.output import Chunk
 from qwen3vl_mlx.errors import Qwen3VLError
 from qwen3vl_mlx.server.body import JsonRoute
 from qwen3vl_mlx.server.errors import ApiError, as_api_error
-from qwen3vl_mlx.server.event_stream import EventStream
+from qwen3vl_mlx.server.event_stream import reply
 from qwen3vl_mlx.server.fields import check_fields
+from qwen3vl_mlx.server.layouts import check_countable
 from qwen3vl_mlx.server.messages_answer import error_event, message, message_events
 from qwen3vl_mlx.server.messages_fields import CountBody, MessagesBody
 from qwen3vl_mlx.server.messages_request import chat_messages, in_their_words, question
@@ -47,19 +48,16 @@ async def create_message(body: MessagesBody, request: Request, serving: ServingO
         timeout=body.timeout,
     )
     headers = check_fields(body, serving.options)
-    answers = await _told(while_connected(request, ask(serving, asked)), places)
-    if body.stream:
-        events = message_events(
-            answers, max_tokens=body.max_tokens, shows_thinking=body.shows_thinking
-        )
-        keep_alive = serving.options.keep_alive_sec
-        return EventStream(answers, events, error_event, keep_alive, headers)
-    try:
-        chunks = await while_connected(request, _whole(answers))
-    finally:
-        answers.close()
-    reply = message(answers, chunks, max_tokens=body.max_tokens, shows_thinking=body.shows_thinking)
-    return JsonReply(reply, headers=headers)
+    answers = await _told(ask(request, asked), places)
+    most, shown = body.max_tokens, body.shows_thinking
+
+    async def whole() -> dict[str, Any]:
+        chunks = await _chunks(answers)
+        return message(answers, chunks, max_tokens=most, shows_thinking=shown)
+
+    streamed = message_events(answers, max_tokens=most, shows_thinking=shown)
+    events = streamed if body.stream else None
+    return await reply(request, answers, events, error_event, whole, headers)
 
 
 @router.post("/v1/messages/count_tokens")
@@ -72,7 +70,7 @@ async def count_tokens(body: CountBody, request: Request, serving: ServingOf) ->
     return JsonReply({"input_tokens": tokens}, headers=headers)
 
 
-async def _whole(answers: Answers) -> list[Chunk]:
+async def _chunks(answers: Answers) -> list[Chunk]:
     """The chunks of an answer, which tell the order of its parts; a Completion does not."""
     async with aclosing(answers.chunks()) as chunks:
         return [chunk async for chunk in chunks]
@@ -85,7 +83,8 @@ async def _count(serving: Serving, asked: Question) -> int:
         processor = lease.model.processor
         messages = await serving.pictures.read(asked.messages, processor, asked.look)
         tools = None if asked.form.tool_choice == "none" else asked.form.tools
-        prompt = await asyncio.to_thread(processor.prompt, messages, tools=tools)
+        check_countable("messages", messages, tools)
+        prompt = await serving.layouts.run(partial(processor.prompt, messages, tools=tools))
         return len(prompt.token_ids)
     except Qwen3VLError as error:
         raise as_api_error(error, asked.fields) from error

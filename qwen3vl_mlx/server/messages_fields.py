@@ -8,7 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal, TypeAlias
 from pydantic import BeforeValidator, Discriminator, Field, Tag
 
 from qwen3vl_mlx.processing.processor import MaxPixels
-from qwen3vl_mlx.server.fields import Fields
+from qwen3vl_mlx.server.fields import Fields, Many
 
 _SAMPLING = (
     "max_tokens",
@@ -22,12 +22,15 @@ _SAMPLING = (
 
 
 def _one_of(*types: str) -> Discriminator:
-    """Tells the models of a union by their `type`; all others are `Other`, refused by name."""
+    """Tells the models of a union by their `type`; all others are `Other`, refused by name.
+
+    Tags are capitalized, so that no error takes them for a field.
+    """
 
     def tag(value: Any) -> str:
         kind = value.get("type") if isinstance(value, Mapping) else "other"
         kind = types[0] if kind is None else kind
-        return kind if isinstance(kind, str) and kind in types else "other"
+        return kind.title() if isinstance(kind, str) and kind in types else "Other"
 
     return Discriminator(tag)
 
@@ -75,9 +78,9 @@ class TextBlock(Fields):
 class ImageBlock(Fields):
     type: Literal["image"]
     source: Annotated[
-        Annotated[Base64Source, Tag("base64")]
-        | Annotated[UrlSource, Tag("url")]
-        | Annotated[Other, Tag("other")],
+        Annotated[Base64Source, Tag("Base64")]
+        | Annotated[UrlSource, Tag("Url")]
+        | Annotated[Other, Tag("Other")],
         _one_of("base64", "url"),
     ]
     cache_control: CacheControl | None = None
@@ -105,9 +108,9 @@ class ToolUseBlock(Fields):
 
 
 Seen: TypeAlias = Annotated[
-    Annotated[TextBlock, Tag("text")]
-    | Annotated[ImageBlock, Tag("image")]
-    | Annotated[Other, Tag("other")],
+    Annotated[TextBlock, Tag("Text")]
+    | Annotated[ImageBlock, Tag("Image")]
+    | Annotated[Other, Tag("Other")],
     _one_of("text", "image"),
 ]
 
@@ -116,7 +119,7 @@ class ToolResultBlock(Fields):
     type: Literal["tool_result"]
     tool_use_id: str
     content: Annotated[
-        list[Seen], BeforeValidator(_as_blocks, json_schema_input_type=str | list[Seen])
+        Many[Seen], BeforeValidator(_as_blocks, json_schema_input_type=str | list[Seen])
     ] = Field(default_factory=list)
     is_error: bool = False
     cache_control: CacheControl | None = None
@@ -124,12 +127,12 @@ class ToolResultBlock(Fields):
 
 
 Block: TypeAlias = Annotated[
-    Annotated[TextBlock, Tag("text")]
-    | Annotated[ImageBlock, Tag("image")]
-    | Annotated[ThinkingBlock, Tag("thinking")]
-    | Annotated[ToolUseBlock, Tag("tool_use")]
-    | Annotated[ToolResultBlock, Tag("tool_result")]
-    | Annotated[Other, Tag("other")],
+    Annotated[TextBlock, Tag("Text")]
+    | Annotated[ImageBlock, Tag("Image")]
+    | Annotated[ThinkingBlock, Tag("Thinking")]
+    | Annotated[ToolUseBlock, Tag("Tool_Use")]
+    | Annotated[ToolResultBlock, Tag("Tool_Result")]
+    | Annotated[Other, Tag("Other")],
     _one_of("text", "image", "thinking", "tool_use", "tool_result"),
 ]
 
@@ -137,7 +140,7 @@ Block: TypeAlias = Annotated[
 class Message(Fields):
     role: Literal["user", "assistant", "system"]
     content: Annotated[
-        list[Block],
+        Many[Block],
         Field(min_length=1),
         BeforeValidator(_as_blocks, json_schema_input_type=str | list[Block]),
     ]
@@ -150,16 +153,16 @@ class Tool(Fields):
     name: str
     description: str | None = None
     input_schema: dict[str, Any]
-    input_examples: list[dict[str, Any]] | None = None
+    input_examples: Many[dict[str, Any]] | None = None
     strict: bool | None = None
     cache_control: CacheControl | None = None
-    allowed_callers: list[Literal["direct"]] | None = None
+    allowed_callers: Many[Literal["direct"]] | None = None
     defer_loading: Literal[False] | None = None
     eager_input_streaming: bool | None = None
 
 
 AnyTool: TypeAlias = Annotated[
-    Annotated[Tool, Tag("custom")] | Annotated[Other, Tag("other")], _one_of("custom")
+    Annotated[Tool, Tag("Custom")] | Annotated[Other, Tag("Other")], _one_of("custom")
 ]
 
 
@@ -195,17 +198,20 @@ class CountBody(Fields):
     """The body of /v1/messages/count_tokens, and what /v1/messages has in common with it."""
 
     model: str
-    messages: Annotated[list[Message], Field(min_length=1)]
+    messages: Annotated[Many[Message], Field(min_length=1)]
     system: Annotated[
-        list[TextBlock],
+        Many[TextBlock],
         BeforeValidator(_as_blocks, json_schema_input_type=str | list[TextBlock]),
     ] = Field(default_factory=list)
-    tools: list[AnyTool] | None = None
+    tools: Many[AnyTool] | None = None
     tool_choice: ToolChoice | None = None
     thinking: ThinkingConfig | None = None
     output_config: OutputConfig | None = None
     cache_control: CacheControl | None = None
     speed: Literal["standard"] | None = None
+    # Labels of the client's own, without influence on the answer
+    user_profile_id: str | None = None
+    workspace_id: str | None = None
     min_pixels: int | None = None
     max_pixels: MaxPixels = None
 
@@ -219,7 +225,7 @@ class MessagesBody(CountBody):
 
     max_tokens: int
     stream: bool | None = None
-    stop_sequences: list[Annotated[str, Field(min_length=1)]] | None = None
+    stop_sequences: Many[Annotated[str, Field(min_length=1)]] | None = None
     temperature: float | None = None
     top_p: float | None = None
     top_k: int | None = None

@@ -10,6 +10,8 @@ from pathlib import Path
 from qwen3vl_mlx.errors import ImageError, TooLargeError, UnsupportedImageError
 from qwen3vl_mlx.media_decode import HEAD_BYTES, format_of
 
+_LONGEST = 2**14  # above any system's longest path; taking a longer one apart takes its time
+
 
 def read_below(path: str, roots: Sequence[Path], name: str, max_bytes: int) -> bytes:
     """Return the bytes of the image file at `path`; `name` stands for it in messages.
@@ -42,6 +44,8 @@ def _opened(path: str, roots: Sequence[Path], name: str) -> int:
     Walks down from the root without following links, for the resolved path has none: what has
     become a link since is refused.
     """
+    if len(path) > _LONGEST:
+        raise _outside(roots, name)
     home = path == "~" or path.startswith("~/")  # of others: who they are is not for clients
     plain = Path(os.path.abspath(os.path.expanduser(path) if home else path))
     resolved = [root.resolve() for root in roots]

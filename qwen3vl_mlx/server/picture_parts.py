@@ -29,6 +29,9 @@ class Wanted:
     fps: float = DEFAULT_FPS
     place: str = field(default="", compare=False)  # in the request, for messages
 
+    def __hash__(self) -> int:  # not of the texts: a picture's may be of 60 MB
+        return hash((self.kind, tuple(map(len, self.sources)), self.budget, self.fps))
+
     def place_of(self, frame: int) -> str:
         return self.place if self.kind == "image" else f"{self.place}[{frame}]"
 

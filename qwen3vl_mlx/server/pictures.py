@@ -32,7 +32,8 @@ from qwen3vl_mlx.server.picture_parts import Wanted, find_wanted
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-_FETCHERS = 16  # downloads and files at once, of all requests
+_FETCHERS = 16  # downloads at once, of all requests
+_FILES = 4  # local files in reading at once, whatever the web does
 _DECODERS = 4  # pictures in decoding at once, of all requests; each is held at its full size
 _AT_ONCE = 4  # pictures of one request under way: others are to be served too
 _KEPT_BYTES = 128 * 2**20  # of cut pictures, for the turns of a conversation
@@ -47,6 +48,7 @@ class Pictures:
     def __init__(self, options: ServerOptions):
         self._options = options
         self._fetchers = ThreadPoolExecutor(_FETCHERS, thread_name_prefix="fetch")
+        self._files = ThreadPoolExecutor(_FILES, thread_name_prefix="file")
         self._decoders = ThreadPoolExecutor(_DECODERS, thread_name_prefix="decode")
         self._kept = _Kept(_KEPT_BYTES)
         self._closed = threading.Event()
@@ -54,7 +56,7 @@ class Pictures:
     def close(self) -> None:
         """End what is being read; nothing can be read any more."""
         self._closed.set()
-        for pool in (self._fetchers, self._decoders):
+        for pool in (self._fetchers, self._files, self._decoders):
             pool.shutdown(wait=False)
 
     async def read(
@@ -102,7 +104,7 @@ class Pictures:
 
     async def _cut(self, wanted: Wanted, reading: _Reading) -> VisualInput:
         async with reading.slots:
-            files = await self._files(wanted, reading)
+            files = await self._read_all(wanted, reading)
             # By what the files hold: the same address may lead to another picture tomorrow.
             digests = tuple(file.digest for file in files)
             key = (wanted.kind, wanted.budget, wanted.fps, reading.settings, digests)
@@ -115,19 +117,20 @@ class Pictures:
         reading.count(visual)
         return visual
 
-    async def _files(self, wanted: Wanted, reading: _Reading) -> list[_File]:
+    async def _read_all(self, wanted: Wanted, reading: _Reading) -> list[_File]:
         files: list[_File] = []
         most = _AT_ONCE * self._options.max_download_bytes
         for number, source in enumerate(wanted.sources):
-            files.append(await self._file(source, wanted.place_of(number), reading))
+            files.append(await self._read(source, wanted.place_of(number), reading))
             if sum(len(file.data) for file in files) > most:
                 raise TooLargeError(f"{wanted.place}: the frames are over {most} bytes together")
         return files
 
-    async def _file(self, text: str, place: str, reading: _Reading) -> _File:
+    async def _read(self, text: str, place: str, reading: _Reading) -> _File:
         """The bytes of a picture, from wherever they are."""
         kind = kind_of_text(text, on_disk=False)
-        pool = self._fetchers if kind in ("http", "file", "path") else self._decoders
+        pools = {"http": self._fetchers, "file": self._files, "path": self._files}
+        pool = pools.get(kind, self._decoders)
         return await self._in_thread(pool, lambda: self._bytes(text, kind, place, reading))
 
     def _bytes(self, text: str, kind: TextKind, place: str, reading: _Reading) -> _File:

@@ -3,25 +3,32 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
+import logging
 import time
 import uuid
-from collections.abc import AsyncGenerator, Collection, Coroutine, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Collection, Coroutine, Mapping, Sequence
 from contextlib import aclosing, suppress
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, TypeVar
 
 from starlette.requests import Request as HttpRequest
 
+from qwen3vl_mlx import __version__
 from qwen3vl_mlx.api import Qwen3VL
-from qwen3vl_mlx.asking import Form, Look
-from qwen3vl_mlx.engine.output import Chunk, Completion, collect
+from qwen3vl_mlx.asking import Form, Look, check_timeout
+from qwen3vl_mlx.engine.output import Chunk, Completion, Usage, collect
 from qwen3vl_mlx.engine.request import Request, Stream
 from qwen3vl_mlx.engine.sampling import asked_params
 from qwen3vl_mlx.errors import Qwen3VLError
 from qwen3vl_mlx.processing.processor import Messages
-from qwen3vl_mlx.server.errors import ApiError, as_api_error
+from qwen3vl_mlx.server.errors import ApiError, as_api_error, stopping
 from qwen3vl_mlx.server.lease import Lease
+from qwen3vl_mlx.server.options import ServerOptions
 from qwen3vl_mlx.server.serving import Serving
+
+_log = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
 
@@ -109,21 +116,67 @@ class Question:
     fields: Collection[str] = ()  # of the request, to be named in errors
 
 
-async def ask(serving: Serving, question: Question) -> Answers:
+async def ask(http: HttpRequest, question: Question) -> Answers:
     """Read the pictures, lay out the prompt and hand it to the engine. Raises ApiError.
 
-    The answers hold the model until they are closed.
+    The answers hold the model until they are closed. Where the client leaves first:
+    ClientGoneError.
     """
-    started = time.perf_counter()
+    serving: Serving = http.app.state.serving
+    limit = TimeLimit.of(serving.options, question.timeout)
+    work = _asked(serving, question, limit)
+    return await while_connected(http, work, limit, Answers.close)
+
+
+@dataclass(frozen=True)
+class TimeLimit:
+    """When a request has to be answered; what comes before the engine's work counts too."""
+
+    seconds: float | None = None
+    started: float = field(default_factory=time.perf_counter)
+
+    @classmethod
+    def of(cls, options: ServerOptions, wanted: float | None) -> TimeLimit:
+        """wanted: None is as the server is set. Raises ApiError."""
+        try:
+            check_timeout(wanted)
+        except Qwen3VLError as error:
+            raise as_api_error(error, ("timeout",)) from error
+        return cls(options.timeout if wanted is None else wanted)
+
+    @property
+    def left(self) -> float | None:
+        """Seconds. Raises ApiError where there are none."""
+        if self.seconds is None:
+            return None
+        left = self.started + self.seconds - time.perf_counter()
+        if left <= 0:
+            raise self.passed
+        return left
+
+    @property
+    def passed(self) -> ApiError:
+        # Asking again by itself, as clients do after a 408, would only lengthen the queue.
+        return ApiError(
+            408,
+            f"no answer had begun after {self.seconds:g} seconds; ask again later, or raise "
+            "timeout",
+            param="timeout",
+            code="timeout",
+            headers={"x-should-retry": "false"},
+        )
+
+
+async def _asked(serving: Serving, question: Question, limit: TimeLimit) -> Answers:
     lease = await serving.host.lease(question.model)
     try:
         messages = await serving.pictures.read(
             question.messages, lease.model.processor, question.look
         )
-        request = await asyncio.to_thread(
-            _laid_out, lease.model, replace(question, messages=messages), serving, started
-        )
-        return submit(serving, lease, [request], question.n, messages)
+        read = replace(question, messages=messages)
+        laid_out = partial(_laid_out, lease.model, read, serving.options, limit)
+        request = await serving.layouts.run(laid_out)
+        return submit(serving, lease, limit, [request], question.n, messages)
     except BaseException as error:
         lease.release()
         if isinstance(error, Qwen3VLError):
@@ -131,25 +184,26 @@ async def ask(serving: Serving, question: Question) -> Answers:
         raise
 
 
-def _laid_out(model: Qwen3VL, question: Question, serving: Serving, started: float) -> Request:
-    options = serving.options
+def _laid_out(
+    model: Qwen3VL, question: Question, options: ServerOptions, limit: TimeLimit
+) -> Request:
     budget = question.thinking.tokens(model.processor.template.opens_thinking)
     sampling = {**question.sampling, "thinking_budget": budget}
-    timeout = options.timeout if question.timeout is None else question.timeout
     return model.asking.prepare(
         question.messages,
         asked_params(model.default_params, None, sampling),
         question.form,
         question.look,
         truncate=options.truncate if question.truncate is None else question.truncate,
-        timeout=timeout,
-        started=started,
+        timeout=limit.left,
+        started=limit.started,
     )
 
 
 def submit(
     serving: Serving,
     lease: Lease,
+    limit: TimeLimit,
     requests: Sequence[Request],
     n: int = 1,
     messages: Messages = (),
@@ -161,31 +215,39 @@ def submit(
     streams: list[Stream] = []
     try:
         for request in requests:
-            streams.append(lease.model.run(request))
+            streams.append(lease.model.run(replace(request, timeout=limit.left)))
             streams += lease.model.repeat(streams[-1], n - 1)
     except BaseException:
         for stream in streams:
             stream.close()
         raise
-    return Answers(serving, lease, streams, messages)
+    return Answers(serving, lease, limit, streams, messages)
 
 
 class Answers:
     """The answers to one question. They end, and the model is free, when they are closed.
 
-    messages: what was asked, its pictures cut. loaded: the model that answers, called `model`.
+    messages: what was asked, its pictures cut. model: the name of the one that answers;
+    fingerprint: the same as long as model, weights and program are.
     """
 
     def __init__(
-        self, serving: Serving, lease: Lease, streams: Sequence[Stream], messages: Messages
+        self,
+        serving: Serving,
+        lease: Lease,
+        limit: TimeLimit,
+        streams: Sequence[Stream],
+        messages: Messages,
     ):
         self.streams = streams
         self.messages = messages
-        self.loaded = lease.model
         self.model = lease.name
+        self.tokenizer = lease.model.processor.tokenizer
+        self.fingerprint = _fingerprint(lease.model)
         self.id = uuid.uuid4().hex
         self.created = int(time.time())
         self._lease = lease
+        self._limit = limit
         self._serving = serving
         self._cut = False  # the server ended what was not finished
         serving.host.open(self)
@@ -198,7 +260,6 @@ class Answers:
     async def chunks(self, index: int = 0) -> AsyncGenerator[Chunk, None]:
         """The chunks of one answer. Raises ApiError."""
         stream = self.streams[index]
-        request = stream.handle.request
         watch = self._serving.metrics.answer_started()
         said = False
         try:
@@ -206,9 +267,11 @@ class Answers:
                 watch.chunk(chunk)
                 said = said or bool(stream.handle.tokens)
                 if chunk.finish_reason == "cancelled" and self._cut:
-                    raise _stopping()
+                    raise stopping()
                 if chunk.finish_reason == "timeout" and not said:
-                    raise _too_late(request.timeout)
+                    raise self._limit.passed
+                if chunk.usage is not None:
+                    _log.info(_summary(chunk.usage, chunk.finish_reason))
                 yield chunk
         except Qwen3VLError as error:
             raise as_api_error(error) from error
@@ -246,6 +309,7 @@ class Answers:
         finally:
             for task in tasks:
                 task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
 
     async def collect(self) -> list[Completion]:
         """All answers, whole. Raises ApiError."""
@@ -260,6 +324,13 @@ class Answers:
         for stream in self.streams:
             stream.handle.cancel()
 
+    def free(self) -> None:
+        """Give the model back if all is said, although not all of it is read."""
+        if all(stream.handle.phase == "done" for stream in self.streams):
+            for stream in self.streams:
+                stream.owner = None
+            self._lease.release()
+
     def close(self) -> None:
         """Stop what is still running, and give the model back."""
         for stream in self.streams:
@@ -268,41 +339,55 @@ class Answers:
         self._lease.release()
 
 
-def _too_late(timeout: float | None) -> ApiError:
-    # Asking again by itself, as clients do after a 408, would only lengthen the queue.
-    return ApiError(
-        408,
-        f"no answer had begun after {timeout:g} seconds; ask again later, or raise timeout",
-        param="timeout",
-        code="timeout",
-        headers={"x-should-retry": "false"},
+def _fingerprint(loaded: Qwen3VL) -> str:
+    name = loaded.source.repo_id or loaded.source.folder.name
+    weights = loaded.engine.scheduler.admission.weights  # bytes: what quantizing anew changes
+    text = f"{name} {loaded.source.commit} {weights} {__version__}"
+    return "fp_" + hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def _summary(usage: Usage, reason: str | None) -> str:
+    return (
+        f"answer: {usage.prompt_tokens} tokens read ({usage.cached_tokens} were kept), the first "
+        f"after {usage.time_to_first_token_sec:.2f} s; {usage.completion_tokens} written at "
+        f"{usage.avg_compl_tok_per_sec:.1f} tokens/s, {reason}"
     )
 
 
-async def while_connected(request: HttpRequest, work: Coroutine[Any, Any, Result]) -> Result:
+async def while_connected(
+    request: HttpRequest,
+    work: Coroutine[Any, Any, Result],
+    limit: TimeLimit | None = None,
+    drop: Callable[[Result], None] | None = None,
+) -> Result:
     """The result of `work`. Where the client leaves first it is cancelled: ClientGoneError.
 
-    Where the server must stop first: ApiError. The request's body must have been read.
+    Where time is up or the server must stop first: ApiError. `drop` gets a result that came too
+    late to be returned. The request's body must have been read.
     """
     serving: Serving = request.app.state.serving
     task = asyncio.ensure_future(work)
     gone = asyncio.ensure_future(disconnected(request))
     ended = asyncio.ensure_future(serving.host.ended())
+    taken = False
     try:
         waited: set[asyncio.Future[Any]] = {task, gone, ended}
-        await asyncio.wait(waited, return_when=asyncio.FIRST_COMPLETED)
-        if task.done():
+        left = None if limit is None else limit.left
+        await asyncio.wait(waited, timeout=left, return_when=asyncio.FIRST_COMPLETED)
+        if taken := task.done():
             return task.result()
-        raise ClientGoneError if gone.done() else _stopping()
+        if gone.done():
+            raise ClientGoneError
+        if limit is not None and not ended.done():
+            raise limit.passed
+        raise stopping()
     finally:
         for pending in (task, gone, ended):
             pending.cancel()
             with suppress(asyncio.CancelledError, Exception):
                 await pending
-
-
-def _stopping() -> ApiError:
-    return ApiError(503, "the server is shutting down", code="shutting_down")
+        if drop and not taken and not task.cancelled() and task.exception() is None:
+            drop(task.result())
 
 
 async def disconnected(request: HttpRequest) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import threading
 from collections import Counter, OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -38,6 +39,11 @@ class StoredResponse:
     body: Mapping[str, Any]
     turns: tuple[Turn, ...]  # shared with the responses it goes on from
 
+    @cached_property
+    def num_bytes(self) -> int:
+        """Of the body alone."""
+        return _num_bytes(self.body)
+
     @property
     def input_items(self) -> list[Item]:
         """All that the model was given, oldest first."""
@@ -47,7 +53,7 @@ class StoredResponse:
 
 
 class ResponseStore:
-    """At most `max_responses`, and about `max_bytes`. For one thread: the server's event loop.
+    """At most `max_responses`, and about `max_bytes`. For any thread.
 
     A turn is counted once, however many responses go on from it, and lives as long as one does.
     """
@@ -58,45 +64,55 @@ class ResponseStore:
         self.num_bytes = 0
         self._kept: OrderedDict[str, StoredResponse] = OrderedDict()  # longest unused first
         self._uses: Counter[Turn] = Counter()
+        self._answered: dict[str, Item] = {}  # output of the turns in use, by id
+        self._lock = threading.RLock()
 
     def __len__(self) -> int:
         return len(self._kept)
 
-    def put(self, response: StoredResponse) -> None:
-        """Keep a response under its id. One that is too large by itself is not kept."""
-        self.remove(response.body["id"])
-        self._kept[response.body["id"]] = response
-        self.num_bytes += _num_bytes(response.body)
-        for turn in response.turns:
-            self.num_bytes += 0 if self._uses[turn] else turn.num_bytes
-            self._uses[turn] += 1
-        while self._kept and (
-            len(self._kept) > self.max_responses or self.num_bytes > self.max_bytes
-        ):
-            self.remove(next(iter(self._kept)))
+    def put(self, response: StoredResponse) -> bool:
+        """Keep a response under its id; whether it is kept. Too large a one makes no room."""
+        least = response.num_bytes + sum(turn.num_bytes for turn in response.turns)
+        with self._lock:
+            self.remove(response.body["id"])
+            if least > self.max_bytes or not self.max_responses:
+                return False
+            self._kept[response.body["id"]] = response
+            self.num_bytes += response.num_bytes
+            for turn in response.turns:
+                self._uses[turn] += 1
+                if self._uses[turn] == 1:
+                    self.num_bytes += turn.num_bytes
+                    self._answered |= {item["id"]: item for item in turn.output}
+            while len(self._kept) > self.max_responses or self.num_bytes > self.max_bytes:
+                self.remove(next(iter(self._kept)))
+        return True
 
     def get(self, response_id: str) -> StoredResponse | None:
-        if response_id in self._kept:
-            self._kept.move_to_end(response_id)
-        return self._kept.get(response_id)
+        with self._lock:
+            if response_id in self._kept:
+                self._kept.move_to_end(response_id)
+            return self._kept.get(response_id)
 
     def remove(self, response_id: str) -> bool:
         """Whether it was there."""
-        response = self._kept.pop(response_id, None)
-        if response is None:
-            return False
-        self.num_bytes -= _num_bytes(response.body)
-        for turn in response.turns:
-            self._uses[turn] -= 1
-            if not self._uses[turn]:
-                del self._uses[turn]
-                self.num_bytes -= turn.num_bytes
+        with self._lock:
+            response = self._kept.pop(response_id, None)
+            if response is None:
+                return False
+            self.num_bytes -= response.num_bytes
+            for turn in response.turns:
+                self._uses[turn] -= 1
+                if not self._uses[turn]:
+                    del self._uses[turn]
+                    self.num_bytes -= turn.num_bytes
+                    for item in turn.output:
+                        self._answered.pop(item["id"], None)
         return True
 
     def item(self, item_id: str) -> Item | None:
         """An item that was answered. Ids of input may be clients' own, which others could guess."""
-        answered = (item for turn in self._uses for item in turn.output)
-        return next((item for item in answered if item["id"] == item_id), None)
+        return self._answered.get(item_id)
 
 
 def _num_bytes(value: object) -> int:

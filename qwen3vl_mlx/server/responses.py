@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Query, Request
@@ -9,12 +10,12 @@ from fastapi.responses import Response
 
 from qwen3vl_mlx.server.body import JsonRoute
 from qwen3vl_mlx.server.errors import ApiError
-from qwen3vl_mlx.server.event_stream import EventStream
+from qwen3vl_mlx.server.event_stream import reply
 from qwen3vl_mlx.server.fields import check_fields
-from qwen3vl_mlx.server.question import Answers, ask, while_connected
+from qwen3vl_mlx.server.question import ask
 from qwen3vl_mlx.server.reply import JsonReply
 from qwen3vl_mlx.server.response_store import StoredResponse
-from qwen3vl_mlx.server.responses_conversation import Conversation, begin
+from qwen3vl_mlx.server.responses_conversation import begin
 from qwen3vl_mlx.server.responses_fields import ResponseFields
 from qwen3vl_mlx.server.responses_reply import Reply
 from qwen3vl_mlx.server.serving import Serving, ServingOf
@@ -26,24 +27,14 @@ router = APIRouter(route_class=JsonRoute, tags=["OpenAI"])
 async def create_response(fields: ResponseFields, request: Request, serving: ServingOf) -> Response:
     """Answer items, whole or as a stream of typed events; go on from a stored response."""
     headers = check_fields(fields, serving.options)
-    conversation = begin(fields, serving.responses)
-    answers = await while_connected(request, _ask(serving, fields, conversation))
-    reply = Reply(serving, answers, fields, conversation)
-    if fields.stream:
-        keep_alive_sec = serving.options.keep_alive_sec
-        return EventStream(answers, reply.stream(), reply.failed, keep_alive_sec, headers)
+    conversation = await serving.layouts.run(partial(begin, fields, serving.responses))
     try:
-        body = await while_connected(request, reply.complete())
-    finally:
-        answers.close()
-    return JsonReply(body, headers=headers)
-
-
-async def _ask(serving: Serving, fields: ResponseFields, conversation: Conversation) -> Answers:
-    try:
-        return await ask(serving, fields.question(conversation.asked()))
+        answers = await ask(request, fields.question(conversation.asked()))
     except ApiError as error:
         raise conversation.told(error) from error
+    made = Reply(serving, answers, fields, conversation)
+    events = made.stream() if fields.stream else None
+    return await reply(request, answers, events, made.failed, made.complete, headers)
 
 
 @router.get("/v1/responses/{response_id}")

@@ -11,7 +11,8 @@ from qwen3vl_mlx.asking import Form, Look
 from qwen3vl_mlx.processing.processor import Messages
 from qwen3vl_mlx.server.chat_fields import SamplingFields
 from qwen3vl_mlx.server.errors import ApiError
-from qwen3vl_mlx.server.fields import Fields
+from qwen3vl_mlx.server.fields import Fields, Many
+from qwen3vl_mlx.server.known_keys import FLAT_TOOLS, ITEMS, TOOL_CHOICE, Shape
 from qwen3vl_mlx.server.question import Question, Thinking
 
 _LOGPROBS = "message.output_text.logprobs"
@@ -66,7 +67,7 @@ class StreamOptions(Fields):
 class ResponseFields(SamplingFields):
     """A request for a response. Only `input` is required."""
 
-    input: str | list[dict[str, Any]] = Field(
+    input: str | Many[dict[str, Any]] = Field(
         description="A text, or items: messages (with input_text and input_image parts), "
         "function_call, function_call_output (a text or such parts), reasoning, item_reference"
     )
@@ -77,7 +78,7 @@ class ResponseFields(SamplingFields):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     include: (
-        list[
+        Many[
             Literal[
                 "message.output_text.logprobs",
                 "message.input_image.image_url",
@@ -92,7 +93,7 @@ class ResponseFields(SamplingFields):
     top_logprobs: int | None = None
     reasoning: Reasoning | None = None
     text: Text | None = None
-    tools: list[dict[str, Any]] | None = Field(
+    tools: Many[dict[str, Any]] | None = Field(
         None, description='{"type": "function", "name": ..., "parameters": {...}, "strict": true}'
     )
     tool_choice: str | dict[str, Any] | None = None
@@ -124,6 +125,11 @@ class ResponseFields(SamplingFields):
         "max_completion_tokens": "here it is max_output_tokens",
         "response_format": "here it is text.format",
         "messages": "here they are items of input",
+    }
+    inner: ClassVar[Mapping[str, Shape]] = {
+        "input": ITEMS,
+        "tools": FLAT_TOOLS,
+        "tool_choice": TOOL_CHOICE,
     }
 
     @property

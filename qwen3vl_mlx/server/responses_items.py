@@ -183,7 +183,7 @@ def _chat_message(item: Item) -> dict[str, Any]:
         return {"role": "assistant", "content": [], "tool_calls": [call]}
     if kind == "reasoning":
         thought = "".join(part["text"] for part in item["content"])
-        return {"role": "assistant", "content": [], "reasoning_content": thought}
+        return {"role": "assistant", "content": [], "reasoning_content": [thought]}
     return {"role": item["role"], "content": [_chat_part(part) for part in item["content"]]}
 
 
@@ -200,18 +200,18 @@ def _goes_on(message: Mapping[str, Any], following: Mapping[str, Any]) -> bool:
 
 def _join(message: dict[str, Any], following: Mapping[str, Any]) -> None:
     for name in ("content", "reasoning_content", "tool_calls"):
-        if following.get(name):
-            message[name] = (
-                message[name] + following[name] if message.get(name) else following[name]
-            )
+        if name in following:
+            message.setdefault(name, []).extend(following[name])
 
 
 def _plain(message: dict[str, Any]) -> dict[str, Any]:
-    """The model's text as one string, as chat clients hand it back."""
+    """The model's thought and text as one string each, as chat clients hand them back."""
+    if "reasoning_content" in message:
+        message["reasoning_content"] = "".join(message["reasoning_content"])
     content = message["content"]
-    if message["role"] != "assistant" or any(part["type"] != "text" for part in content):
-        return message
-    return {**message, "content": "".join(part["text"] for part in content)}
+    if message["role"] == "assistant" and all(part["type"] == "text" for part in content):
+        message["content"] = "".join(part["text"] for part in content)
+    return message
 
 
 def _chat_part(part: Mapping[str, Any]) -> dict[str, Any]:

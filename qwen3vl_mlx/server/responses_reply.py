@@ -101,7 +101,8 @@ class Reply:
         }
         if self.store is not None:
             turns = self.conversation.turns(self.answers.messages, self.output.items)
-            self.store.put(StoredResponse(self.body, turns))
+            if not self.store.put(StoredResponse(self.body, turns)):
+                self.body["store"] = False  # too large to be kept
 
     def _sse(self, event: Event) -> bytes:
         number, self._events = self._events, self._events + 1

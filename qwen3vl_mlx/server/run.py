@@ -71,6 +71,7 @@ def serve(app: ASGIApp, serving: Serving, *, debug: bool = False) -> None:
         server.run(sockets)
     finally:
         serving.pictures.close()
+        serving.layouts.close()
         closed = serving.host.close(_LOAD_SEC)
     if not closed:
         os._exit(0)  # the interpreter's own end, under a thread that computes, would abort

@@ -10,6 +10,7 @@ from typing import Annotated, TypeAlias
 from fastapi import Depends, Request
 
 from qwen3vl_mlx.server.host import ModelHost
+from qwen3vl_mlx.server.layouts import Layouts
 from qwen3vl_mlx.server.metrics import Metrics
 from qwen3vl_mlx.server.options import ServerOptions
 from qwen3vl_mlx.server.pictures import Pictures
@@ -25,6 +26,7 @@ class Serving:
     pictures: Pictures
     metrics: Metrics
     responses: ResponseStore
+    layouts: Layouts = field(default_factory=Layouts)
     started: float = field(default_factory=time.time)  # seconds since 1970
     scoring: asyncio.Lock = field(default_factory=asyncio.Lock)  # one whole pass at a time
 

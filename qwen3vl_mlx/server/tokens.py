@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any, ClassVar, Literal
 
 from fastapi import APIRouter, Request
@@ -21,7 +21,9 @@ from qwen3vl_mlx.server.body import JsonRoute
 from qwen3vl_mlx.server.chat_fields import TemplateOptions
 from qwen3vl_mlx.server.completion_logprobs import token_name
 from qwen3vl_mlx.server.errors import ApiError, as_api_error
-from qwen3vl_mlx.server.fields import Fields, check_fields
+from qwen3vl_mlx.server.fields import Fields, Long, Many, check_fields
+from qwen3vl_mlx.server.known_keys import IMAGE_URL, MESSAGES, TOOLS, Shape
+from qwen3vl_mlx.server.layouts import check_countable
 from qwen3vl_mlx.server.picture_parts import Wanted, find_wanted
 from qwen3vl_mlx.server.question import while_connected
 from qwen3vl_mlx.server.reply import JsonReply
@@ -48,8 +50,8 @@ class TokenizeFields(Fields):
 
     model: str | None = None
     prompt: str | None = Field(None, description="A text, without a chat template")
-    messages: list[dict[str, Any]] | None = Field(None, description="Chat messages")
-    tools: list[dict[str, Any]] | None = None
+    messages: Many[dict[str, Any]] | None = Field(None, description="Chat messages")
+    tools: Many[dict[str, Any]] | None = None
     add_generation_prompt: bool = Field(True, description="Open the assistant's turn")
     return_token_strs: bool | None = Field(None, description="Name the tokens too")
     add_special_tokens: bool | None = Field(None, description="Qwen adds none to a text")
@@ -62,13 +64,14 @@ class TokenizeFields(Fields):
         "chat_template": "the checkpoint's own template is used",
         "mm_processor_kwargs": "give min_pixels and max_pixels",
     }
+    inner: ClassVar[Mapping[str, Shape]] = {"messages": MESSAGES, "tools": TOOLS}
 
 
 class DetokenizeFields(Fields):
     """Tokens to be read."""
 
     model: str | None = None
-    tokens: list[int]
+    tokens: Long[int]
 
 
 class ImageFields(Fields):
@@ -80,6 +83,8 @@ class ImageFields(Fields):
     detail: str | None = Field(None, description='"low", "high" or "auto"')
     min_pixels: int | None = None
     max_pixels: int | None = None
+
+    inner: ClassVar[Mapping[str, Shape]] = {"image_url": IMAGE_URL}
 
     def part(self) -> dict[str, Any]:
         """The part of a message that would show it."""
@@ -99,7 +104,7 @@ class ImageTokensFields(Fields):
     """Pictures whose cost is asked for."""
 
     model: str | None = None
-    images: list[ImageFields] = Field(min_length=1, description="Pictures or sizes")
+    images: Many[ImageFields] = Field(min_length=1, description="Pictures or sizes")
     min_pixels: int | None = Field(None, description="Of every picture that has none of its own")
     max_pixels: int | Literal["full"] | None = None
 
@@ -121,10 +126,13 @@ async def _tokenize(serving: Serving, fields: TokenizeFields) -> dict[str, Any]:
     lease = await serving.host.lease(fields.model)
     try:
         messages = fields.messages
-        if messages is not None:
+        if messages is None:
+            check_countable("prompt", fields.prompt)
+        else:
+            check_countable("messages", messages, fields.tools)
             look = Look(fields.min_pixels, fields.max_pixels)
             messages = await serving.pictures.read(messages, lease.model.processor, look)
-        return await asyncio.to_thread(_tokenized, lease.model, messages, fields)
+        return await serving.layouts.run(partial(_tokenized, lease.model, messages, fields))
     except Qwen3VLError as error:
         raise as_api_error(error, TokenizeFields.model_fields) from error
     finally:
@@ -164,7 +172,7 @@ async def detokenize(fields: DetokenizeFields, serving: ServingOf) -> Response:
     try:
         check_token_ids("tokens", fields.tokens, lease.model.asking.vocab_size)
         tokenizer = lease.model.processor.tokenizer
-        text = await asyncio.to_thread(tokenizer.decode, fields.tokens, False)
+        text = await serving.layouts.run(partial(tokenizer.decode, fields.tokens, False))
         return JsonReply({"prompt": text}, headers=headers)
     finally:
         lease.release()
@@ -178,7 +186,8 @@ async def image_tokens(fields: ImageTokensFields, request: Request, serving: Ser
     """
     headers = check_fields(fields, serving.options)
     for at, image in enumerate(fields.images):
-        if (image.sized is None) == (image.image_url is None):
+        given = [value is not None for value in (image.image_url, image.width, image.height)]
+        if given not in ([True, False, False], [False, True, True]):
             message = f"images[{at}] needs either image_url, or width and height"
             raise ApiError(400, message, param=f"images[{at}]", code="invalid_value")
     body = await while_connected(request, _image_tokens(serving, fields))
@@ -189,7 +198,7 @@ async def _image_tokens(serving: Serving, fields: ImageTokensFields) -> dict[str
     lease = await serving.host.lease(fields.model)
     try:
         processor = lease.model.processor
-        grids = _grids_of_sizes(serving, fields, processor)
+        grids = await serving.layouts.run(partial(_grids_of_sizes, serving, fields, processor))
         look = Look(fields.min_pixels, fields.max_pixels)
         (seen,) = await serving.pictures.read([_message(fields, sized=False)], processor, look)
         pictures = {at: part["image"] for at, part in enumerate(seen["content"]) if "image" in part}
