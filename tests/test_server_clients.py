@@ -24,6 +24,8 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from qwen3vl_mlx import Qwen3VL
 
+pytestmark = pytest.mark.dev
+
 
 @pytest.fixture(scope="module")
 def live(demo: Qwen3VL) -> Iterator[Live]:

@@ -30,6 +30,7 @@ from qwen3vl_mlx.server.docs import ANSWERS, EXAMPLES
 from qwen3vl_mlx.server.options import ServerOptions
 from qwen3vl_mlx.server.start import new_serving
 
+pytestmark = pytest.mark.dev
 CHROMIUM = shutil.which("chromium")
 in_browser = pytest.mark.skipif(CHROMIUM is None, reason="Debian's chromium is not installed")
 FRIEND, STRANGER = "friend.example", "stranger.example"

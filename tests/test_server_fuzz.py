@@ -31,7 +31,10 @@ from qwen3vl_mlx.server.options import ServerOptions
 
 schemathesis = pytest.importorskip("schemathesis")
 
-pytestmark = pytest.mark.filterwarnings("ignore:Corrupt EXIF data")  # Pillow's, of a bad TIFF
+pytestmark = [
+    pytest.mark.dev,
+    pytest.mark.filterwarnings("ignore:Corrupt EXIF data"),  # Pillow's, of a bad TIFF
+]
 
 CONTEXT = 160  # tokens: no answer is long
 SLOWEST = 20  # seconds of one answer, on a machine that does much else
