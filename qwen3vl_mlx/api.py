@@ -45,9 +45,6 @@ if TYPE_CHECKING:
     from qwen3vl_mlx.quant.recipes import Recipe
 
 
-_ANSWER_ROOM = 1024  # tokens that truncation leaves for an answer of no stated length
-
-
 def load(
     model: str | os.PathLike[str] | None = None,
     *,

@@ -28,6 +28,7 @@ from qwen3vl_mlx.bench_server_clients import (
     resident_bytes,
     serving,
 )
+from qwen3vl_mlx.soak import Memory
 
 Outcome: TypeAlias = Literal["right", "left", "wrong", "failed"]
 
@@ -39,15 +40,6 @@ _SAMPLE_SEC = 1.0
 _IDLE_SEC = 10.0  # until the last answers of clients that left must be gone
 # So small that entries are evicted all the time.
 _SMALL_CACHES = ("--prefix-cache", "8M", "--feature-cache", "1M")
-
-
-@dataclass(frozen=True)
-class Memory:
-    """Bytes of the server's process: MLX's arrays, its free buffers, and the resident ones."""
-
-    active: int
-    free: int
-    rss: int
 
 
 @dataclass(frozen=True)

@@ -55,7 +55,7 @@ class Ask:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes while nothing runs: MLX's arrays, its free buffers, and the process's resident ones."""
+    """Bytes of a process: MLX's arrays, its free buffers, and the resident ones."""
 
     active: int
     free: int

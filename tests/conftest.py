@@ -22,7 +22,9 @@ from law import INPUTS
 from PIL.Image import Image
 
 from qwen3vl_mlx.api import Qwen3VL, load
+from qwen3vl_mlx.demo import CHECKPOINT
 from qwen3vl_mlx.engine.engine import EngineOptions
+from qwen3vl_mlx.engine.request import Request, Stream
 from qwen3vl_mlx.media import load_image
 from qwen3vl_mlx.processing.prompt import Prompt
 from qwen3vl_mlx.quant.recipes import parse_recipe
@@ -99,6 +101,30 @@ def disk(tmp_path: Path) -> Iterator[Disk]:
 @pytest.fixture(scope="session")
 def demo() -> Qwen3VL:
     return load("demo")
+
+
+@pytest.fixture(scope="session")
+def thinking_demo(tmp_path_factory: pytest.TempPathFactory) -> Qwen3VL:
+    """The demo checkpoint behind the template of the Thinking models."""
+    folder = tmp_path_factory.mktemp("thinking") / "checkpoint"
+    shutil.copytree(CHECKPOINT, folder)
+    template = "data/checkpoints/Qwen3-VL-2B-Thinking/chat_template.jinja"
+    shutil.copy(Path(__file__).parent / template, folder)
+    return load(folder)
+
+
+@pytest.fixture
+def requests(monkeypatch: pytest.MonkeyPatch) -> list[Request]:
+    """What engines are asked, in turn."""
+    seen: list[Request] = []
+    run = Qwen3VL.run
+
+    def recorded(model: Qwen3VL, request: Request) -> Stream:
+        seen.append(request)
+        return run(model, request)
+
+    monkeypatch.setattr(Qwen3VL, "run", recorded)
+    return seen
 
 
 @pytest.fixture(scope="session")

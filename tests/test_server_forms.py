@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any, Literal
 
 import pytest
@@ -16,12 +14,9 @@ from live import Live, live_server
 from PIL.Image import Image
 from pydantic import BaseModel, Field
 
-from qwen3vl_mlx import Qwen3VL, load
-from qwen3vl_mlx.demo import CHECKPOINT
+from qwen3vl_mlx import Qwen3VL
 
 pytest.importorskip("llguidance")
-
-THINKING = Path(__file__).parent / "data" / "checkpoints" / "Qwen3-VL-2B-Thinking"
 
 
 @pytest.fixture(scope="module")
@@ -41,15 +36,10 @@ def asked(scene: Image) -> list[dict[str, Any]]:
 
 
 @pytest.fixture(scope="module")
-def thinker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Qwen3VL, Any]]:
+def thinker(thinking_demo: Qwen3VL) -> Iterator[tuple[Qwen3VL, Any]]:
     """The demo checkpoint behind a Thinking model's template."""
-    folder = tmp_path_factory.mktemp("thinking") / "checkpoint"
-    shutil.copytree(CHECKPOINT, folder)
-    shutil.copy(THINKING / "chat_template.jinja", folder)
-    model = load(folder)
-    with live_server(model) as live:
-        yield model, connect(live)
-    model.close()
+    with live_server(thinking_demo) as live:
+        yield thinking_demo, connect(live)
 
 
 # Tools and forms

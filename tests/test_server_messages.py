@@ -6,11 +6,9 @@ import asyncio
 import base64
 import io
 import json
-import shutil
 import time
 import urllib.request
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any, Literal
 
 import pytest
@@ -24,10 +22,8 @@ import anthropic
 from live import Live, live_server
 from pydantic import BaseModel
 
-from qwen3vl_mlx.api import Qwen3VL, load
-from qwen3vl_mlx.demo import CHECKPOINT
+from qwen3vl_mlx.api import Qwen3VL
 
-THINKING = Path(__file__).parent / "data" / "checkpoints" / "Qwen3-VL-2B-Thinking"
 ZOOM = {
     "name": "zoom",
     "description": "Looks closer.",
@@ -47,15 +43,10 @@ def live(demo: Qwen3VL) -> Iterator[Live]:
 
 
 @pytest.fixture(scope="module")
-def thinker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Qwen3VL, Live]]:
+def thinker(thinking_demo: Qwen3VL) -> Iterator[tuple[Qwen3VL, Live]]:
     """The demo checkpoint behind the template of the Thinking models."""
-    folder = tmp_path_factory.mktemp("thinking") / "checkpoint"
-    shutil.copytree(CHECKPOINT, folder)
-    shutil.copy(THINKING / "chat_template.jinja", folder)
-    model = load(folder)
-    with live_server(model) as live:
-        yield model, live
-    model.close()
+    with live_server(thinking_demo) as live:
+        yield thinking_demo, live
 
 
 def connect(live: Live) -> Any:

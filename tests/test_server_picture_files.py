@@ -37,7 +37,7 @@ def network(monkeypatch: pytest.MonkeyPatch) -> Network:
 @pytest.fixture
 def tree(tmp_path: Path) -> Path:
     """`root` with pictures, links of every kind in it, and what lies outside."""
-    root, outside = tmp_path / "root", tmp_path / "root-outside"
+    root, outside = tmp_path / "shown", tmp_path / "shown-outside"
     for folder in (root / "inner", outside, tmp_path / "elsewhere"):
         folder.mkdir(parents=True)
     for path in (root / "a.png", root / "inner" / "my photo é#1%.png", outside / "b.png"):
@@ -69,7 +69,7 @@ def tree(tmp_path: Path) -> Path:
     ["{root}/a.png", "{root}/inner/my photo é#1%.png", "{root}/link.png", "{root}/relative.png",
      "{root}/folder/my photo é#1%.png", "{root}/inner/../a.png", "{root}//./a.png",
      "file://{root}/a.png", "file://localhost{root}/inner/my%20photo%20%C3%A9%231%25.png",
-     "a.png", "./inner/../a.png", "~/a.png", "{root}/up/root/a.png"],
+     "a.png", "./inner/../a.png", "~/a.png", "{root}/up/shown/a.png"],
 )  # fmt: skip
 def test_files_below_a_root_are_read(
     path: str, tree: Path, monkeypatch: pytest.MonkeyPatch
@@ -93,14 +93,14 @@ def test_a_root_may_be_a_link_and_is_known_by_both_names(tree: Path) -> None:
     ("path", "says"),
     [
         ("{root}-outside/b.png", "not below"),
-        ("{root}/../root-outside/b.png", "not below"),
-        ("{root}/inner/../../root-outside/b.png", "not below"),
+        ("{root}/../shown-outside/b.png", "not below"),
+        ("{root}/inner/../../shown-outside/b.png", "not below"),
         ("{root}/out.png", "not below"),
         ("{root}/out/b.png", "not below"),
-        ("{root}/up/root-outside/b.png", "not below"),
-        ("{root}/out/../root-outside/b.png", "no such file"),  # dots go by the letters
-        ("file://{root}/%2e%2e/root-outside/b.png", "not below"),
-        ("file://{root}/..%2froot-outside%2fb.png", "not below"),
+        ("{root}/up/shown-outside/b.png", "not below"),
+        ("{root}/out/../shown-outside/b.png", "no such file"),  # dots go by the letters
+        ("file://{root}/%2e%2e/shown-outside/b.png", "not below"),
+        ("file://{root}/..%2fshown-outside%2fb.png", "not below"),
         ("file:///etc/passwd", "not below"),
         ("file:{root}-outside/b.png", "not below"),
         ("/etc/passwd", "not below"),
@@ -141,7 +141,7 @@ def test_all_else_is_refused_and_nothing_is_told_of_it(
     message = str(caught.value).replace(str(tree), "")
     assert any(word in message for word in says.split("|"))
     assert "secret" not in message.partition("is not an image")[2]
-    assert "root-outside" not in message.partition("image_url: ")[2].partition(" is ")[2]
+    assert "shown-outside" not in message.partition("image_url: ")[2].partition(" is ")[2]
 
 
 def test_without_roots_no_file_is_read(tree: Path) -> None:
@@ -173,7 +173,7 @@ def test_nothing_outside_is_looked_at(tree: Path, monkeypatch: pytest.MonkeyPatc
 
 @pytest.mark.parametrize(
     ("victim", "target"),
-    [("inner", "../root-outside"), ("inner/b.png", "../../root-outside/b.png")],
+    [("inner", "../shown-outside"), ("inner/b.png", "../../shown-outside/b.png")],
 )
 def test_a_link_put_in_the_way_meanwhile_is_not_followed(
     victim: str, target: str, tree: Path, monkeypatch: pytest.MonkeyPatch

@@ -15,12 +15,13 @@ pytest.importorskip("fastapi")
 pytest.importorskip("openai")
 
 import openai
+from clients import connect
 from live import Live, live_server
 from openai.types.responses import Response, ResponseStreamEvent
 from pydantic import BaseModel, TypeAdapter
 
 from qwen3vl_mlx.api import Qwen3VL
-from qwen3vl_mlx.engine.request import Request, Stream
+from qwen3vl_mlx.engine.request import Request
 from qwen3vl_mlx.server.options import ServerOptions
 
 SCHEMA = {
@@ -35,10 +36,6 @@ CALL = '<tool_call>\n{"name": "zoom", "arguments": {"x": 5}}\n</tool_call>'
 EVENTS = TypeAdapter[Any](ResponseStreamEvent)
 
 
-def connect(live: Live) -> Any:
-    return openai.OpenAI(api_key="any", base_url=f"{live.url}/v1", max_retries=0)
-
-
 @pytest.fixture(scope="module")
 def live(demo: Qwen3VL, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
     root = tmp_path_factory.mktemp("pictures").resolve()
@@ -49,20 +46,6 @@ def live(demo: Qwen3VL, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Li
 @pytest.fixture(scope="module")
 def client(live: Live) -> Any:
     return connect(live)
-
-
-@pytest.fixture
-def requests(monkeypatch: pytest.MonkeyPatch) -> list[Request]:
-    """What the engine was asked."""
-    seen: list[Request] = []
-    run = Qwen3VL.run
-
-    def recorded(model: Qwen3VL, request: Request) -> Stream:
-        seen.append(request)
-        return run(model, request)
-
-    monkeypatch.setattr(Qwen3VL, "run", recorded)
-    return seen
 
 
 @pytest.fixture(scope="module")

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import shutil
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,24 +15,19 @@ pytest.importorskip("openai")
 
 import httpx
 import openai
+from clients import connect
 from live import Live, live_server
 from openai.types.responses import Response, ResponseStreamEvent
 from pydantic import TypeAdapter
 
-from qwen3vl_mlx.api import Qwen3VL, load
-from qwen3vl_mlx.demo import CHECKPOINT
-from qwen3vl_mlx.engine.request import Request, Stream
+from qwen3vl_mlx.api import Qwen3VL
+from qwen3vl_mlx.engine.request import Request
 from qwen3vl_mlx.server.options import ServerOptions
 
-THINKING = Path(__file__).parent / "data" / "checkpoints" / "Qwen3-VL-2B-Thinking"
 FUNCTION = {"type": "function", "name": "zoom", "parameters": {"type": "object"}}
 CALL = '<tool_call>\n{"name": "zoom", "arguments": {"x": 5}}\n</tool_call>'
 ENDLESS = {"extra_body": {"ignore_eos": True}}
 EVENTS = TypeAdapter[Any](ResponseStreamEvent)
-
-
-def connect(live: Live) -> Any:
-    return openai.OpenAI(api_key="any", base_url=f"{live.url}/v1", max_retries=0)
 
 
 @pytest.fixture(scope="module")
@@ -49,29 +42,10 @@ def client(live: Live) -> Any:
 
 
 @pytest.fixture(scope="module")
-def thinker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Qwen3VL, Any]]:
+def thinker(thinking_demo: Qwen3VL) -> Iterator[tuple[Qwen3VL, Any]]:
     """The demo checkpoint behind the template of the Thinking models, and a client of it."""
-    folder = tmp_path_factory.mktemp("thinking") / "checkpoint"
-    shutil.copytree(CHECKPOINT, folder)
-    shutil.copy(THINKING / "chat_template.jinja", folder)
-    model = load(folder)
-    with live_server(model) as live:
-        yield model, connect(live)
-    model.close()
-
-
-@pytest.fixture
-def requests(monkeypatch: pytest.MonkeyPatch) -> list[Request]:
-    """What the engine was asked."""
-    seen: list[Request] = []
-    run = Qwen3VL.run
-
-    def recorded(model: Qwen3VL, request: Request) -> Stream:
-        seen.append(request)
-        return run(model, request)
-
-    monkeypatch.setattr(Qwen3VL, "run", recorded)
-    return seen
+    with live_server(thinking_demo) as live:
+        yield thinking_demo, connect(live)
 
 
 # Thoughts.
