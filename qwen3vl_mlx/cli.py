@@ -8,12 +8,20 @@ import sys
 from collections.abc import Callable, Sequence
 from importlib import import_module
 
-COMMANDS = {
-    "generate": "answer a prompt about pictures",
-    "serve": "serve a model to the clients of OpenAI and Anthropic",
-    "convert": "convert and quantize a checkpoint",
-    "evaluate": "compare quantized checkpoints with their source",
-    "bench": "measure this machine on a checkpoint",
+COMMANDS = {  # name: (module, what it does)
+    "ask": ("ask", "ask one question, of a running server or by loading a model"),
+    "chat": ("chat.command", "talk with a model in the terminal"),
+    "app": ("app", "open the web page: upload pictures and ask"),
+    "caption": ("caption", "describe every picture of a folder"),
+    "watch": ("watch", "describe new pictures of a folder as they come"),
+    "generate": ("generate", "answer a prompt about pictures, all options"),
+    "serve": ("server.command", "serve a model to the clients of OpenAI and Anthropic"),
+    "service": ("service", "keep the server running in the background, by launchd"),
+    "models": ("models_command", "list, download, inspect and remove checkpoints"),
+    "doctor": ("doctor", "tell whether this machine is ready, and what fits it"),
+    "convert": ("convert", "convert and quantize a checkpoint"),
+    "evaluate": ("evaluate", "compare quantized checkpoints with their source"),
+    "bench": ("bench", "measure this machine on a checkpoint"),
 }
 
 _USAGE = """usage: qwen3vl COMMAND [options]
@@ -29,10 +37,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run `qwen3vl`. Returns the exit status."""
     args = list(sys.argv[1:] if argv is None else argv)
     if args and args[0] in COMMANDS:
-        module = "server.command" if args[0] == "serve" else args[0]
-        command = import_module(f"qwen3vl_mlx.{module}").main
-        return int(command(args[1:], prog=f"qwen3vl {args[0]}"))
-    usage = _USAGE.format(commands="\n".join(f"  {n:<10} {text}" for n, text in COMMANDS.items()))
+        module, _ = COMMANDS[args[0]]
+        name = module if module == "app" else f"qwen3vl_mlx.{module}"
+        return int(import_module(name).main(args[1:], prog=f"qwen3vl {args[0]}"))
+    lines = (f"  {name:<10} {text}" for name, (_, text) in COMMANDS.items())
+    usage = _USAGE.format(commands="\n".join(lines))
     if args and args[0] == "--version":
         from qwen3vl_mlx import __version__
 

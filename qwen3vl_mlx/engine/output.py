@@ -9,9 +9,10 @@ import json
 import uuid
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
-from qwen3vl_mlx.engine.logprobs import TokenLogprob
+if TYPE_CHECKING:
+    from qwen3vl_mlx.engine.logprobs import TokenLogprob
 
 FinishReason: TypeAlias = Literal[
     "stop", "length", "tool_calls", "repetition", "constraint", "cancelled", "timeout"
