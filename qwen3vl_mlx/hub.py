@@ -5,13 +5,21 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from qwen3vl_mlx.demo import CHECKPOINT
 from qwen3vl_mlx.errors import CheckpointError, HubError, InputError
+from qwen3vl_mlx.hub_cache import cached_repo
+
+if TYPE_CHECKING:
+    from tqdm.auto import tqdm
+
+# Is told the bytes that are here and those of all files together; the latter may still grow.
+Progress: TypeAlias = "Callable[[int, int], None]"
 
 DEFAULT_MODEL = "mlx-community/Qwen3-VL-4B-Instruct-4bit"
 MODEL_VARIABLE = "QWEN3VL_MODEL"
@@ -20,7 +28,7 @@ _REPO_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _PATTERNS = ["*.json", "*.jinja", "*.safetensors"]
 # What a conversion hands on beside them: merges.txt, and the licence, in its file and its card.
-_EXTRA_PATTERNS = ["*.txt", "README.md", "LICENSE*", "NOTICE*"]
+DOWNLOADED = (*_PATTERNS, "*.txt", "README.md", "LICENSE*", "NOTICE*")
 _OFFLINE_HINT = "try `--model demo`, the small checkpoint that comes with this package"
 
 
@@ -46,18 +54,24 @@ def resolve(model: str | os.PathLike[str], revision: str | None = None) -> Path:
     return snapshot(model, revision).folder
 
 
-def snapshot(model: str | os.PathLike[str], revision: str | None = None) -> Snapshot:
+def snapshot(
+    model: str | os.PathLike[str],
+    revision: str | None = None,
+    *,
+    progress: Progress | None = None,
+) -> Snapshot:
     """Find `model`: "demo", an existing folder, or a Hub repository id, pinned to its commit.
 
     A complete local copy of a repository is used without asking the network; otherwise it is
-    downloaded, resuming and showing progress. Raises CheckpointError for a folder that is not
-    there, HubError where the Hub cannot be reached or does not have it.
+    downloaded, resuming and showing progress in the terminal; `progress` is called instead, from
+    the threads that download. Raises CheckpointError for a folder that is not there, HubError where
+    the Hub cannot be reached or does not have it.
     """
     folder = local_folder(model, revision)
     if folder is not None:
         return Snapshot(folder)
     name = os.fspath(model)
-    folder = cached_snapshot(name, revision) or download(name, revision)
+    folder = cached_snapshot(name, revision) or download(name, revision, progress=progress)
     return Snapshot(folder, name, folder.name if _COMMIT.fullmatch(folder.name) else None)
 
 
@@ -147,19 +161,55 @@ def missing_files(folder: Path) -> list[str]:
     return [name for name in names if not (folder / name).exists()]
 
 
-def download(repo_id: str, revision: str | None = None) -> Path:
-    """Fetch a repository's configs, tokenizer and weights. Raises HubError saying what to do."""
+def download(
+    repo_id: str, revision: str | None = None, *, progress: Progress | None = None
+) -> Path:
+    """Fetch a repository's configs, tokenizer and weights. Raises HubError saying what to do.
+
+    progress: see `snapshot`.
+    """
     from huggingface_hub import snapshot_download
 
-    patterns = [*_PATTERNS, *_EXTRA_PATTERNS]
-    with _explained(repo_id, revision):
-        folder = Path(snapshot_download(repo_id, revision=revision, allow_patterns=patterns))
+    options: dict[str, Any] = {} if progress is None else {"tqdm_class": _telling(progress)}
+    with _explained(repo_id, revision), cached_repo(repo_id).noting():
+        folder = Path(
+            snapshot_download(
+                repo_id, revision=revision, allow_patterns=list(DOWNLOADED), **options
+            )
+        )
     if not is_complete(folder):
         raise HubError(
             f"{repo_id} is on this machine in part only, or is not a Qwen3-VL checkpoint in "
             f"safetensors ({folder}); connect and try again, or {_OFFLINE_HINT}"
         )
     return folder
+
+
+def _telling(progress: Progress) -> type[tqdm[Any]]:
+    """A bar for the Hub's library that shows nothing and tells `progress` instead."""
+    from threading import Lock
+
+    from huggingface_hub.utils import tqdm
+
+    bars: list[Bar] = []
+    lock = Lock()
+
+    class Bar(tqdm):
+        def __init__(self, *args: Any, **options: Any):
+            super().__init__(*args, **{**options, "disable": True})  # type: ignore[no-untyped-call]
+            self.total = options.get("total")
+            if options.get("unit") == "B":  # others count files
+                bars.append(self)
+
+        def update(self, n: float | None = 1) -> None:
+            with lock:
+                self.n += n or 0
+                if self in bars:
+                    # Bytes from the network and bytes on disk; the former's total is a guess.
+                    total = min(bar.total or 0 for bar in bars)
+                    progress(int(min(total, max(bar.n for bar in bars))), int(total))
+
+    return Bar
 
 
 @contextmanager
