@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from qwen3vl_mlx.api import Qwen3VL, load
     from qwen3vl_mlx.conversation import Chat
+    from qwen3vl_mlx.drawing import draw
     from qwen3vl_mlx.engine.engine import EngineOptions
     from qwen3vl_mlx.engine.output import Chunk, Completion, ToolCall, Usage
     from qwen3vl_mlx.engine.request import Stream
@@ -20,10 +21,14 @@ if TYPE_CHECKING:
         Qwen3VLError,
     )
     from qwen3vl_mlx.processing.video import Video
+    from qwen3vl_mlx.tasks_json import TaskError
+    from qwen3vl_mlx.tasks_parsing import Box, Point
+    from qwen3vl_mlx.tasks_wording import Wording
 
 __version__ = "0.1.0"
 
 _EXPORTS = {
+    "Box": "tasks_parsing",
     "Chat": "conversation",
     "CheckpointError": "errors",
     "Chunk": "engine.output",
@@ -32,17 +37,22 @@ _EXPORTS = {
     "EngineOptions": "engine.engine",
     "HubError": "errors",
     "InputError": "errors",
+    "Point": "tasks_parsing",
     "QueueFullError": "errors",
     "Qwen3VL": "api",
     "Qwen3VLError": "errors",
     "SamplingParams": "engine.sampling",
     "Stream": "engine.request",
+    "TaskError": "tasks_json",
     "ToolCall": "engine.output",
     "Usage": "engine.output",
     "Video": "processing.video",
+    "Wording": "tasks_wording",
+    "draw": "drawing",
     "load": "api",
 }
 __all__ = [
+    "Box",
     "Chat",
     "CheckpointError",
     "Chunk",
@@ -51,15 +61,19 @@ __all__ = [
     "EngineOptions",
     "HubError",
     "InputError",
+    "Point",
     "QueueFullError",
     "Qwen3VL",
     "Qwen3VLError",
     "SamplingParams",
     "Stream",
+    "TaskError",
     "ToolCall",
     "Usage",
     "Video",
+    "Wording",
     "__version__",
+    "draw",
     "load",
 ]
 

@@ -39,6 +39,8 @@ from qwen3vl_mlx.models.config import read_config
 from qwen3vl_mlx.models.qwen3_vl import Model
 from qwen3vl_mlx.processing.processor import MaxPixels, Messages, Processor
 from qwen3vl_mlx.processing.tokenizer import Tokenizer, end_token_ids
+from qwen3vl_mlx.tasks import PictureTasks
+from qwen3vl_mlx.tasks_wording import read_wording
 from qwen3vl_mlx.weights import load_weights
 
 if TYPE_CHECKING:
@@ -91,7 +93,7 @@ def _load_draft(
     return DraftCheckpoint(model, Tokenizer.from_folder(folder))
 
 
-class Qwen3VL:
+class Qwen3VL(PictureTasks):
     """A loaded model. Any number of threads may ask it at once: one engine answers them all."""
 
     def __init__(
@@ -105,6 +107,7 @@ class Qwen3VL:
         self.model = model
         self.processor = processor
         self.source = source
+        self.wording = read_wording(source.folder)
         try:
             self.default_params = default_params(
                 generation_config, thinking=processor.template.opens_thinking

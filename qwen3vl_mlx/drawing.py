@@ -1,0 +1,240 @@
+"""Boxes and points drawn on a picture, with labels that can be read at any size."""
+
+from __future__ import annotations
+
+import colorsys
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, TypeAlias
+
+from qwen3vl_mlx.errors import InputError
+from qwen3vl_mlx.media import ImageSource, load_image
+from qwen3vl_mlx.tasks_parsing import Box, Point
+
+if TYPE_CHECKING:
+    import PIL.Image
+    import PIL.ImageDraw
+    from PIL.ImageFont import FreeTypeFont, ImageFont
+
+RGB: TypeAlias = tuple[int, int, int]
+_Rectangle: TypeAlias = tuple[int, int, int, int]  # left, top, right, bottom, all inside
+
+_BLACK, _WHITE = (0, 0, 0), (255, 255, 255)
+# Okabe and Ito's colours, which no common colour blindness mixes up, without black.
+_COLORS: tuple[RGB, ...] = (
+    (230, 159, 0), (86, 180, 233), (0, 158, 115), (240, 228, 66),
+    (0, 114, 178), (213, 94, 0), (204, 121, 167),
+)  # fmt: skip
+_GOLDEN = (math.sqrt(5) - 1) / 2  # of a turn: hues that many steps apart never meet
+_OTHERS = 0.4  # how strongly the rest is drawn beside a highlight
+_LONGEST_LABEL = 80  # characters
+_CROWD = 200  # of the last labels, those that a new one keeps clear of
+# For labels outside of Latin; the first that the system has. Pillow's own font knows Latin only.
+_FONTS = (
+    "Arial Unicode.ttf", "Hiragino Sans GB.ttc", "STHeiti Light.ttc", "PingFang.ttc",
+    "NotoSansCJK-Regular.ttc", "NotoSans-Regular.ttf", "DejaVuSans.ttf",
+)  # fmt: skip
+
+
+def draw(
+    image: ImageSource, found: Sequence[Box | Point], *, highlight: int | None = None
+) -> PIL.Image.Image:
+    """A new upright RGB picture with what was found on it; `image` stays as it is.
+
+    image: what `detect` or `point` was asked about. Each label has a colour of its own. highlight:
+    which of `found` stands out, counted from 0; the rest is dimmed. Raises InputError for what is
+    no Box or Point, and for a highlight that is not there.
+    """
+    from PIL import Image
+
+    picture = load_image(image)
+    found = list(found)
+    _check(found, highlight)
+    colors = label_colors(found)
+    rest = [each for index, each in enumerate(found) if index != highlight]
+    sketch = _Sketch(picture.copy(), _font_for(picture.size, found))
+    sketch.add(rest, colors, line=_line(picture.size))
+    if highlight is None:
+        return sketch.picture
+    sketch.picture = Image.blend(picture, sketch.picture, _OTHERS)
+    sketch.add([found[highlight]], colors, line=2 * _line(picture.size))
+    return sketch.picture
+
+
+def label_colors(found: Sequence[Box | Point]) -> dict[str, RGB]:
+    """The colour `draw` gives to each label, in order of their first appearance."""
+    labels = dict.fromkeys(each.label for each in found)
+    return {label: _color(index) for index, label in enumerate(labels)}
+
+
+def _color(index: int) -> RGB:
+    if index < len(_COLORS):
+        return _COLORS[index]
+    red, green, blue = colorsys.hsv_to_rgb(
+        index * _GOLDEN % 1, (0.9, 0.6)[index % 2], (0.95, 0.65, 0.8)[index % 3]
+    )
+    return round(255 * red), round(255 * green), round(255 * blue)
+
+
+def _check(found: Sequence[Box | Point], highlight: int | None) -> None:
+    for each in found:
+        if not isinstance(each, (Box, Point)):
+            raise InputError(f"only Box and Point can be drawn, got {type(each).__name__}")
+        if not all(map(math.isfinite, _edges(each))):
+            raise InputError(f"coordinates must be finite numbers, got {each}")
+    if highlight is not None and not (type(highlight) is int and 0 <= highlight < len(found)):
+        raise InputError(
+            f"highlight must be None or the number of one of {len(found)} things, counted from 0, "
+            f"got {highlight!r}"
+        )
+
+
+def _edges(each: Box | Point) -> tuple[float, float, float, float]:
+    if isinstance(each, Box):
+        return each.x0, each.y0, each.x1, each.y1
+    return each.x, each.y, each.x, each.y
+
+
+def _line(size: tuple[int, int]) -> int:
+    """How wide lines are, in pixels: what shows when the picture fills a window."""
+    return max(2, round(max(size) / 320))
+
+
+def _font_for(size: tuple[int, int], found: Sequence[Box | Point]) -> FreeTypeFont | ImageFont:
+    from PIL import ImageFont
+
+    height = max(10, round(math.sqrt(size[0] * size[1]) / 36))
+    if not all(each.label.isascii() for each in found):
+        latin = all(ord(char) < 0x250 for each in found for char in each.label)
+        for name in () if latin else _FONTS:
+            with suppress(OSError):
+                return ImageFont.truetype(name, height)
+    return ImageFont.load_default(height)
+
+
+@dataclass
+class _Sketch:
+    """A picture that is drawn on, and where its labels are."""
+
+    picture: PIL.Image.Image
+    font: FreeTypeFont | ImageFont
+    tags: list[_Rectangle] = field(default_factory=list)
+
+    def add(self, found: Sequence[Box | Point], colors: dict[str, RGB], *, line: int) -> None:
+        """Draw outlines and dots, then the labels over all of them."""
+        from PIL import ImageDraw
+
+        pen = ImageDraw.Draw(self.picture)
+        for each in found:
+            if isinstance(each, Box):
+                _outline(pen, _inside(each, self.picture.size), colors[each.label], line)
+            else:
+                _dot(pen, each, colors[each.label], line)
+        for each in found:
+            self._tag(pen, each, colors[each.label], line)
+
+    def _tag(self, pen: PIL.ImageDraw.ImageDraw, each: Box | Point, color: RGB, line: int) -> None:
+        width, height = self.picture.size
+        pad = max(1, line)
+        text, text_width = self._fitted(_plain(each.label), width - 2 * pad)
+        _, top, _, bottom = self.font.getbbox("Ag|")
+        tag = text_width + 2 * pad, math.ceil(bottom - top) + 2 * pad
+        if not text or tag[1] > height:
+            return
+        place = self._place(each, tag, line)
+        pen.rectangle(place, fill=color)
+        luma = 0.299 * color[0] + 0.587 * color[1] + 0.114 * color[2]
+        ink = _BLACK if luma > 110 else _WHITE
+        pen.text((place[0] + pad, place[1] + pad - top), text, fill=ink, font=self.font)
+        self.tags.append(place)
+
+    def _fitted(self, text: str, room: int) -> tuple[str, int]:
+        """As much of a text as fits a width, and how wide that is."""
+
+        def width(length: int) -> int:
+            shown = text if length == len(text) else text[:length] + "..."
+            return math.ceil(self.font.getlength(shown))
+
+        if width(len(text)) <= room:
+            return text, width(len(text))
+        low, high = 0, len(text) - 1  # letters that fit, that may fit
+        while low < high:
+            middle = (low + high + 1) // 2
+            low, high = (middle, high) if width(middle) <= room else (low, middle - 1)
+        return (text[:low] + "...", width(low)) if low else ("", 0)
+
+    def _place(self, each: Box | Point, tag: tuple[int, int], line: int) -> _Rectangle:
+        """Where a label stands: near its thing, in the picture, clear of other labels."""
+        width, height = self.picture.size
+        places = []
+        for x, y in _spots(each, tag, line):
+            left = min(max(x, 0), width - tag[0])
+            top = min(max(y, 0), height - tag[1])
+            place = (left, top, left + tag[0] - 1, top + tag[1] - 1)
+            if top == y and not any(_meet(place, other) for other in self.tags[-_CROWD:]):
+                return place
+            places.append(place)
+        return places[-1]
+
+
+def _spots(each: Box | Point, tag: tuple[int, int], line: int) -> Iterator[tuple[int, int]]:
+    """Left and top of a label of a size: the best first, the last one always near."""
+    x0, y0, x1, y1 = map(round, _edges(each))
+    wide, high = tag
+    if isinstance(each, Box):
+        yield x0, y0 - high
+        yield x1 - wide, y0 - high
+        yield x0, y1
+        yield x1 - wide, y1
+        yield x1 - wide, y0
+        yield x0, y1 - high
+        yield x0, y0
+    else:
+        gap = 4 * line
+        yield x0 + gap, y0 - high // 2
+        yield x0 - gap - wide, y0 - high // 2
+        yield x0 - wide // 2, y0 + gap
+        yield x0 - wide // 2, y0 - gap - high
+
+
+def _meet(a: _Rectangle, b: _Rectangle) -> bool:
+    return a[0] <= b[2] and b[0] <= a[2] and a[1] <= b[3] and b[1] <= a[3]
+
+
+def _plain(label: str) -> str:
+    """One line of characters that a font can be asked for."""
+    line = " ".join(label.encode(errors="replace").decode().split())
+    line = "".join(char if char.isprintable() else "?" for char in line)
+    return line if len(line) <= _LONGEST_LABEL else line[: _LONGEST_LABEL - 3] + "..."
+
+
+def _inside(box: Box, size: tuple[int, int]) -> _Rectangle:
+    """The pixels a box covers, at least one, in the picture."""
+    (left, right), (top, bottom) = (
+        (
+            min(max(math.floor(low), 0), side - 1),
+            min(max(math.ceil(high) - 1, math.floor(low), 0), side - 1),
+        )
+        for low, high, side in ((box.x0, box.x1, size[0]), (box.y0, box.y1, size[1]))
+    )
+    return left, top, right, bottom
+
+
+def _outline(pen: PIL.ImageDraw.ImageDraw, place: _Rectangle, color: RGB, line: int) -> None:
+    """A coloured frame between two dark lines, which shows on a ground of its own colour too."""
+    edge = max(1, line // 3)
+    for inset, fill, width in ((0, _BLACK, line + 2 * edge), (edge, color, line)):
+        left, top, right, bottom = place
+        inset = min(inset, (right - left) // 2, (bottom - top) // 2)
+        corners = (left + inset, top + inset, right - inset, bottom - inset)
+        pen.rectangle(corners, outline=fill, width=width)
+
+
+def _dot(pen: PIL.ImageDraw.ImageDraw, point: Point, color: RGB, line: int) -> None:
+    edge = max(1, line // 2)
+    for radius, fill in ((2 * line + edge, _BLACK), (2 * line, color)):
+        pen.ellipse(
+            (point.x - radius, point.y - radius, point.x + radius, point.y + radius), fill=fill
+        )
