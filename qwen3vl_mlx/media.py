@@ -39,6 +39,7 @@ __all__ = [
     "kind_of_text",
     "load_image",
     "path_of_file_url",
+    "read_bytes",
 ]
 
 ImageSource: TypeAlias = (
@@ -105,7 +106,7 @@ def load_image(
     elif isinstance(source, np.ndarray):
         picture = picture_from_array(source, name)
     else:
-        data = _read(source, name, timeout=timeout, max_bytes=max_bytes)
+        data = read_bytes(source, name, timeout=timeout, max_bytes=max_bytes)
         picture = open_encoded(data, name, max_source_pixels)
     check_size(picture.size, name, max_source_pixels)
     return upright_rgb(picture, name)
@@ -180,7 +181,18 @@ def kind_of_text(text: str, *, on_disk: bool = True) -> TextKind:
     return "path"
 
 
-def _read(source: ImageSource, name: str, *, timeout: float, max_bytes: int) -> bytes:
+def read_bytes(
+    source: ImageSource,
+    name: str | None = None,
+    *,
+    timeout: float = 30.0,
+    max_bytes: int = MAX_DOWNLOAD_BYTES,
+) -> bytes:
+    """Return the file that a path, URL, data: URI, base64 text or bytes stand for, not decoded.
+
+    Arguments and errors are those of `load_image`.
+    """
+    name = name or describe_source(source)
     if isinstance(source, (bytes, bytearray, memoryview)):
         return bytes(source)
     if isinstance(source, os.PathLike):
