@@ -22,14 +22,15 @@ RGB: TypeAlias = tuple[int, int, int]
 _Rectangle: TypeAlias = tuple[int, int, int, int]  # left, top, right, bottom, all inside
 
 _BLACK, _WHITE = (0, 0, 0), (255, 255, 255)
-# Okabe and Ito's colours, which no common colour blindness mixes up, without black.
+# Colours that no common colour blindness mixes up: Okabe and Ito's but for black, then Paul Tol's
+# that are unlike them.
 _COLORS: tuple[RGB, ...] = (
-    (230, 159, 0), (86, 180, 233), (0, 158, 115), (240, 228, 66),
-    (0, 114, 178), (213, 94, 0), (204, 121, 167),
+    (230, 159, 0), (86, 180, 233), (0, 158, 115), (240, 228, 66), (0, 114, 178), (213, 94, 0),
+    (204, 121, 167), (51, 34, 136), (136, 34, 85), (17, 119, 51), (221, 204, 119), (153, 153, 51),
 )  # fmt: skip
 _GOLDEN = (math.sqrt(5) - 1) / 2  # of a turn: hues that many steps apart never meet
 _OTHERS = 0.4  # how strongly the rest is drawn beside a highlight
-_LONGEST_LABEL = 80  # characters
+_LONGEST_LABEL = 40  # characters
 _CROWD = 200  # of the last labels, those that a new one keeps clear of
 # For labels outside of Latin; the first that the system has. Pillow's own font knows Latin only.
 _FONTS = (
@@ -50,8 +51,8 @@ def draw(
     from PIL import Image
 
     picture = load_image(image)
-    found = list(found)
     _check(found, highlight)
+    found = [_clipped(each, picture.size) for each in found]
     colors = label_colors(found)
     rest = [each for index, each in enumerate(found) if index != highlight]
     sketch = _Sketch(picture.copy(), _font_for(picture.size, found))
@@ -78,6 +79,15 @@ def _color(index: int) -> RGB:
     return round(255 * red), round(255 * green), round(255 * blue)
 
 
+def _ink(color: RGB) -> RGB:
+    """Black or white, whichever has more contrast with a colour, as WCAG measures it."""
+    red, green, blue = (
+        level / 12.92 if level <= 0.04045 else ((level + 0.055) / 1.055) ** 2.4
+        for level in (value / 255 for value in color)
+    )
+    return _BLACK if 0.2126 * red + 0.7152 * green + 0.0722 * blue > 0.179 else _WHITE
+
+
 def _check(found: Sequence[Box | Point], highlight: int | None) -> None:
     for each in found:
         if not isinstance(each, (Box, Point)):
@@ -95,6 +105,17 @@ def _edges(each: Box | Point) -> tuple[float, float, float, float]:
     if isinstance(each, Box):
         return each.x0, each.y0, each.x1, each.y1
     return each.x, each.y, each.x, each.y
+
+
+def _clipped(each: Box | Point, size: tuple[int, int]) -> Box | Point:
+    if isinstance(each, Point):
+        return Point(_clip(each.x, size[0]), _clip(each.y, size[1]), each.label)
+    edges = (_clip(value, side) for value, side in zip(_edges(each), (*size, *size), strict=True))
+    return Box(*edges, each.label)
+
+
+def _clip(value: float, side: int) -> float:
+    return min(max(value, 0.0), float(side))
 
 
 def _line(size: tuple[int, int]) -> int:
@@ -145,9 +166,7 @@ class _Sketch:
             return
         place = self._place(each, tag, line)
         pen.rectangle(place, fill=color)
-        luma = 0.299 * color[0] + 0.587 * color[1] + 0.114 * color[2]
-        ink = _BLACK if luma > 110 else _WHITE
-        pen.text((place[0] + pad, place[1] + pad - top), text, fill=ink, font=self.font)
+        pen.text((place[0] + pad, place[1] + pad - top), text, fill=_ink(color), font=self.font)
         self.tags.append(place)
 
     def _fitted(self, text: str, room: int) -> tuple[str, int]:
@@ -168,12 +187,15 @@ class _Sketch:
     def _place(self, each: Box | Point, tag: tuple[int, int], line: int) -> _Rectangle:
         """Where a label stands: near its thing, in the picture, clear of other labels."""
         width, height = self.picture.size
+        taken = self.tags[-_CROWD:]
+        if isinstance(each, Point):
+            taken.append((*_corner(each, -3 * line), *_corner(each, 3 * line)))
         places = []
         for x, y in _spots(each, tag, line):
             left = min(max(x, 0), width - tag[0])
             top = min(max(y, 0), height - tag[1])
             place = (left, top, left + tag[0] - 1, top + tag[1] - 1)
-            if top == y and not any(_meet(place, other) for other in self.tags[-_CROWD:]):
+            if top == y and not any(_meet(place, other) for other in taken):
                 return place
             places.append(place)
         return places[-1]
@@ -199,6 +221,10 @@ def _spots(each: Box | Point, tag: tuple[int, int], line: int) -> Iterator[tuple
         yield x0 - wide // 2, y0 - gap - high
 
 
+def _corner(point: Point, reach: int) -> tuple[int, int]:
+    return round(point.x) + reach, round(point.y) + reach
+
+
 def _meet(a: _Rectangle, b: _Rectangle) -> bool:
     return a[0] <= b[2] and b[0] <= a[2] and a[1] <= b[3] and b[1] <= a[3]
 
@@ -211,15 +237,10 @@ def _plain(label: str) -> str:
 
 
 def _inside(box: Box, size: tuple[int, int]) -> _Rectangle:
-    """The pixels a box covers, at least one, in the picture."""
-    (left, right), (top, bottom) = (
-        (
-            min(max(math.floor(low), 0), side - 1),
-            min(max(math.ceil(high) - 1, math.floor(low), 0), side - 1),
-        )
-        for low, high, side in ((box.x0, box.x1, size[0]), (box.y0, box.y1, size[1]))
-    )
-    return left, top, right, bottom
+    """The pixels that a box in the picture covers, one at least."""
+    left = min(math.floor(box.x0), size[0] - 1)
+    top = min(math.floor(box.y0), size[1] - 1)
+    return left, top, max(math.ceil(box.x1) - 1, left), max(math.ceil(box.y1) - 1, top)
 
 
 def _outline(pen: PIL.ImageDraw.ImageDraw, place: _Rectangle, color: RGB, line: int) -> None:

@@ -73,11 +73,12 @@ def parse_json(answer: str) -> Any:
             return json.loads(text)
     found = _joined(answer, list(fragments(answer)))
     best = max(found, key=lambda part: (part.whole, part.end - part.start), default=None)
-    if best is None or not (best.whole or best.value):
+    value = _without_cuts(best.value) if best else None
+    if best is None or not (best.whole or _says_something(value)):
         shown = answer.strip()
         shown = shown if len(shown) <= _SHOWN else shown[:_SHOWN] + "..."
         raise TaskError(f"the answer holds no JSON: {shown!r}")
-    return _without_cuts(best.value)
+    return value
 
 
 def _joined(text: str, found: list[Fragment]) -> list[Fragment]:
@@ -108,6 +109,13 @@ def _without_cuts(value: Any) -> Any:
             key: kept for key, kept in inside.items() if kept or not isinstance(value[key], Cut)
         }
     return value
+
+
+def _says_something(value: Any) -> bool:
+    """Whether there is more to it than brackets."""
+    if isinstance(value, dict):
+        value = list(value.values())
+    return any(map(_says_something, value)) if isinstance(value, list) else True
 
 
 @dataclass
