@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 import time
 from base64 import b64encode
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from qwen3vl_mlx import cli, client
 from qwen3vl_mlx.engine.output import Chunk, Completion, collect
-from qwen3vl_mlx.errors import InputError
+from qwen3vl_mlx.errors import ImageError, InputError
 
 if TYPE_CHECKING:
     from qwen3vl_mlx.api import Qwen3VL
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 _AT_ONCE = 8  # the engine's own default
 _LOADING_SEC = 600.0  # a server may be given for its first load
 _POLL_SEC = 0.25
+_PICTURE = re.compile(r"messages\[\d+\]\.content\[(\d+)\]\.image_url: data URI \([^)]*\)")
 
 
 @dataclass(frozen=True)
@@ -202,16 +204,20 @@ class RemoteAnswerer:
     @contextmanager
     def stream(self, question: Question) -> Iterator[Iterator[Chunk]]:
         with ExitStack() as stack:
-            yield self._opened(stack, chat_body(question))
+            yield self._opened(stack, chat_body(question), question.images)
 
-    def _opened(self, stack: ExitStack, body: Mapping[str, Any]) -> Iterator[Chunk]:
+    def _opened(
+        self, stack: ExitStack, body: Mapping[str, Any], images: Sequence[ImageSource]
+    ) -> Iterator[Chunk]:
         """The answer's stream, as soon as the server has loaded its model."""
         until = time.monotonic() + _LOADING_SEC
         told = not sys.stderr.isatty()
         while True:
             try:
                 return stack.enter_context(client.stream_chat(self.server, body))
-            except client.ServerLoadingError as error:  # noqa: PERF203
+            except InputError as error:
+                raise _renamed(error, images) from error
+            except client.ServerLoadingError as error:
                 if time.monotonic() > until:
                     raise
                 if not told:
@@ -225,6 +231,17 @@ class RemoteAnswerer:
 
     def close(self) -> None:
         pass  # it is not ours
+
+
+def _renamed(error: InputError, images: Sequence[ImageSource]) -> InputError:
+    """What a server says of a picture, under the name that it has here."""
+    from qwen3vl_mlx.media import describe_source
+
+    found = _PICTURE.match(str(error))
+    if found is None:
+        return error
+    name = describe_source(images[int(found[1])])
+    return ImageError(f"{name}{str(error)[found.end() :]}")
 
 
 def chat_body(question: Question) -> dict[str, Any]:

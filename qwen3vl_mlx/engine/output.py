@@ -31,6 +31,10 @@ class ToolCall:
     name: str
     arguments: str
 
+    def to_dict(self) -> dict[str, Any]:
+        """Plain strings, ready for JSON."""
+        return asdict(self)
+
 
 @dataclass(frozen=True)
 class Usage:
@@ -56,6 +60,10 @@ class Usage:
     drafted_tokens: int = 0  # proposed by speculation
     accepted_tokens: int = 0  # of those, the ones that were right
     decode_steps: int = 0  # passes of the decoder after the prompt's
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain numbers, ready for JSON."""
+        return asdict(self)
 
 
 def make_usage(
@@ -113,6 +121,10 @@ class Chunk:
     stop: str | None = None
     reasoning_closed: bool = True
     logprobs: tuple[TokenLogprob, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain dicts, lists, strings and numbers, ready for JSON."""
+        return asdict(self)
 
 
 @dataclass(frozen=True)

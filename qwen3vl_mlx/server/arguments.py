@@ -6,6 +6,7 @@ import argparse
 import re
 
 from qwen3vl_mlx import cli
+from qwen3vl_mlx.folders import default_socket
 from qwen3vl_mlx.server.options import ServerOptions
 
 API_KEY_VARIABLE = "QWEN3VL_API_KEY"
@@ -20,6 +21,7 @@ _EXAMPLES = """examples:
   python -m qwen3vl_mlx.server --model mlx-community/Qwen3-VL-8B-Instruct-4bit --idle-unload 10m
   python -m qwen3vl_mlx.server --host 0.0.0.0 --api-key-file ~/.qwen3vl-key
   python -m qwen3vl_mlx.server --alias gpt-4o
+  python -m qwen3vl_mlx.server --socket
 
 Point any OpenAI client at http://localhost:1234/v1, any Anthropic client at http://localhost:1234.
 Pictures are URLs, data URIs, base64 and, on this machine alone, paths below your home folder.
@@ -53,9 +55,16 @@ def parser(prog: str) -> argparse.ArgumentParser:
         "-p",
         "--port",
         type=int,
-        default=_DEFAULTS.port,
         metavar="N",
-        help="%(default)s; 0: any free one",
+        help=f"{_DEFAULTS.port}, or none with --socket; 0: any free one",
+    )
+    result.add_argument(
+        "--socket",
+        nargs="?",
+        const=str(default_socket()),
+        metavar="PATH",
+        help="listen on a Unix socket that only you can open, at PATH or where `qwen3vl ask` and "
+        "its like look for it, and on a port only if --port is given too",
     )
     result.add_argument(
         "--host",

@@ -31,7 +31,10 @@ def server_options(args: argparse.Namespace) -> ServerOptions:
             f"--host {args.host} lets other machines in: give a key by ${API_KEY_VARIABLE} or "
             "--api-key-file, or --insecure if everybody there may ask"
         )
-    if not 0 <= args.port < 2**16:
+    port = args.port
+    if port is None and args.socket is None:
+        port = ServerOptions.port
+    if port is not None and not 0 <= port < 2**16:
         raise InputError(f"--port must be 0 to 65535, got {args.port}")
     for name in ("max_images", "max_image_pixels", "max_pixels", "max_body", "max_download"):
         value = getattr(args, name)
@@ -42,7 +45,8 @@ def server_options(args: argparse.Namespace) -> ServerOptions:
             raise InputError(f"--cors-origin {origin!r}: expected scheme://host[:port]")
     return ServerOptions(
         host=args.host,
-        port=args.port,
+        port=port,
+        socket=None if args.socket is None else Path(args.socket).expanduser().absolute(),
         api_keys=keys,
         insecure=args.insecure,
         cors_origins=tuple(args.cors_origin),

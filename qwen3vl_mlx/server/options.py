@@ -12,7 +12,8 @@ class ServerOptions:
     """What `python -m qwen3vl_mlx.server --help` explains; sizes in bytes, times in seconds."""
 
     host: str = "127.0.0.1"
-    port: int = 1234
+    port: int | None = 1234  # None: no port at all, only the socket
+    socket: Path | None = None  # of the file system; only this user can connect
     # Who may ask
     api_keys: tuple[str, ...] = ()
     insecure: bool = False  # no key although others than this machine can connect

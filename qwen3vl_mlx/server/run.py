@@ -11,6 +11,8 @@ import resource
 import signal
 import socket
 import time
+from collections.abc import Sequence
+from contextlib import ExitStack
 from math import ceil
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -18,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import uvicorn
 
 from qwen3vl_mlx.errors import InputError, Qwen3VLError
+from qwen3vl_mlx.server.unix_socket import listen_at
 
 if TYPE_CHECKING:
     from starlette.types import ASGIApp
@@ -52,8 +55,28 @@ def serve(app: ASGIApp, serving: Serving, *, debug: bool = False) -> None:
     it cannot listen.
     """
     options = serving.options
-    sockets = listen(options.host, options.port)
+    with ExitStack() as stack:
+        sockets: list[socket.socket] = []
+        places = []
+        if options.port is not None:
+            sockets += listen(options.host, options.port)
+            places.append(_url(options.host, sockets[0]))
+        if options.socket is not None:
+            sockets.append(stack.enter_context(listen_at(options.socket)))
+            places.append(str(options.socket))
+        _serve(app, serving, sockets, places, debug=debug)
+
+
+def _serve(
+    app: ASGIApp,
+    serving: Serving,
+    sockets: list[socket.socket],
+    places: Sequence[str],
+    *,
+    debug: bool,
+) -> None:
     raise_file_limit()
+    options = serving.options
     config = uvicorn.Config(
         app,
         log_config=_log_config(debug),
@@ -64,7 +87,7 @@ def serve(app: ASGIApp, serving: Serving, *, debug: bool = False) -> None:
         timeout_keep_alive=_KEEP_ALIVE_SEC,
         timeout_graceful_shutdown=ceil(options.shutdown_sec + _LAST_WORDS_SEC + _ABORT_SEC),
     )
-    server = _Server(config, serving, _url(options.host, sockets[0]))
+    server = _Server(config, serving, places)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, server.handle_exit)
     try:
@@ -80,10 +103,10 @@ def serve(app: ASGIApp, serving: Serving, *, debug: bool = False) -> None:
 class _Server(uvicorn.Server):
     """uvicorn, saying where it listens and giving answers time to end."""
 
-    def __init__(self, config: uvicorn.Config, serving: Serving, url: str):
+    def __init__(self, config: uvicorn.Config, serving: Serving, places: Sequence[str]):
         super().__init__(config)
         self.serving = serving
-        self.url = url
+        self.places = places
         self._asked_at: float | None = None  # to stop
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
@@ -96,7 +119,11 @@ class _Server(uvicorn.Server):
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         self.serving.host.start()
-        _log.info("Listening on %s/v1 (docs: %s/docs; Ctrl-C stops)", self.url, self.url)
+        for place in self.places:
+            if place.startswith("http"):
+                _log.info("Listening on %s/v1 (docs: %s/docs; Ctrl-C stops)", place, place)
+            else:
+                _log.info("Listening on %s (for `qwen3vl ask`; Ctrl-C stops)", place)
         for line in _who_may_what(self.serving.options):
             _log.info(line)
 
