@@ -59,7 +59,7 @@ class LocalCheckpoint:
 
     name: what `load` takes: a Hub id (with `revision`), "demo", or a folder's path.
     commit and refs: of a Hub checkpoint; refs are the branches and tags that lead to it.
-    model: size and kind, such as "8B Instruct"; empty where neither is known.
+    size and kind: such as "8B" or "30B-A3B", and "Instruct" or "Thinking"; empty where unknown.
     quantization: "4bit", "mxfp4", "mixed_3_6", "mixed", "fp8", or the whole weights' "bf16".
     missing: files that have not arrived. problem: why this package cannot run it, if so.
     last_used: seconds since 1970 by the disk's own note, which some disks take once a day.
@@ -71,7 +71,8 @@ class LocalCheckpoint:
     source: Source
     commit: str | None
     refs: tuple[str, ...]
-    model: str
+    size: str
+    kind: str
     quantization: str
     files: tuple[StoredFile, ...]
     missing: tuple[str, ...]
@@ -85,8 +86,18 @@ class LocalCheckpoint:
         return disk_use([self])
 
     @property
+    def model(self) -> str:
+        """Size and kind in one: `8B Instruct`."""
+        return f"{self.size} {self.kind}".strip()
+
+    @property
     def complete(self) -> bool:
         return not self.missing
+
+    @property
+    def has_weights(self) -> bool:
+        """False where a config alone was fetched to look at."""
+        return any(file.name.endswith((".safetensors", ".incomplete")) for file in self.files)
 
     @property
     def usable(self) -> bool:
@@ -132,7 +143,7 @@ def local_checkpoints(folders: Sequence[str | os.PathLike[str]] = ()) -> list[Lo
     marked by what is missing; models of other families are not. Never uses the network. Raises
     CheckpointError for a folder that is not there.
     """
-    in_cache = [c for repo in cached_repos() for c in cached_revisions(repo) if _has_weights(c)]
+    in_cache = [c for repo in cached_repos() for c in cached_revisions(repo) if c.has_weights]
     in_folders = [found for folder in folders for found in _below(Path(folder).expanduser())]
     return [*in_cache, *in_folders, demo_checkpoint()]
 
@@ -160,7 +171,8 @@ def _cached(repo: CachedRepo, folder: Path, about: _About) -> LocalCheckpoint:
         found = replace(found, files=files, last_used=_last_used(files))
     return replace(
         found,
-        model=_model(about, repo.repo_id, folder),
+        size=_size(about, repo.repo_id),
+        kind=_kind(repo.repo_id, folder),
         commit=folder.name,
         refs=repo.refs(folder.name),
         downloaded_here=repo.was_downloaded_here(folder.name),
@@ -179,7 +191,7 @@ def checkpoint_at(folder: Path) -> LocalCheckpoint:
 def demo_checkpoint() -> LocalCheckpoint:
     """The one that comes with this package."""
     found = _checkpoint(CHECKPOINT, "demo", "demo", _read(CHECKPOINT))
-    return replace(found, model="tiny, for trying")
+    return replace(found, size="tiny")
 
 
 def _checkpoint(folder: Path, name: str, source: Source, about: _About) -> LocalCheckpoint:
@@ -190,7 +202,8 @@ def _checkpoint(folder: Path, name: str, source: Source, about: _About) -> Local
         source=source,
         commit=None,
         refs=(),
-        model=_model(about, folder.resolve().name, folder),
+        size=_size(about, folder.resolve().name),
+        kind=_kind(folder.resolve().name, folder),
         quantization=quantization_name(about.values, about.config),
         files=files,
         missing=tuple(hub.missing_files(folder)),
@@ -210,11 +223,6 @@ def _below(folder: Path) -> Iterator[LocalCheckpoint]:
     for path in inside:
         if _read(path).is_family:
             yield checkpoint_at(path)
-
-
-def _has_weights(checkpoint: LocalCheckpoint) -> bool:
-    """A config alone was fetched to look at, and nothing of it is to be completed or removed."""
-    return any(file.name.endswith((".safetensors", ".incomplete")) for file in checkpoint.files)
 
 
 @dataclass(frozen=True)
@@ -275,19 +283,18 @@ def _last_used(files: Sequence[StoredFile]) -> float | None:
     return max(used, default=None)
 
 
-def _model(about: _About, name: str, folder: Path) -> str:
-    """Size and kind, as in the names of Qwen's own releases."""
-    size = ""
+def _size(about: _About, name: str) -> str:
+    """As in the names of Qwen's own releases, by the shape of the decoder."""
     if about.config is not None:
         text = about.config.text
         experts = text.moe.num_experts if text.moe else 0
-        size = _SIZES.get((text.hidden_size, text.num_hidden_layers, experts), "")
-    elif found := _SIZE.search(name):
-        size = found[0].upper()
-    return f"{size} {_kind(name, folder)}".strip()
+        return _SIZES.get((text.hidden_size, text.num_hidden_layers, experts), "")
+    found = _SIZE.search(name)
+    return found[0].upper() if found else ""
 
 
 def _kind(name: str, folder: Path) -> str:
+    """By the name, else by the chat template."""
     found = _KIND.search(name)
     if found:
         return found[1].capitalize()

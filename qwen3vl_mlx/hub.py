@@ -185,6 +185,33 @@ def download(
     return folder
 
 
+@dataclass(frozen=True)
+class RemoteFile:
+    """A file that `download` fetches: its name, its bytes, and its name among the cache's blobs."""
+
+    name: str
+    nbytes: int
+    blob: str
+
+
+def remote_files(repo_id: str, revision: str | None = None) -> list[RemoteFile]:
+    """What `download` fetches of a repository, by the Hub's own list. Raises HubError."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.hf_api import RepoFile
+    from huggingface_hub.utils import filter_repo_objects
+
+    with _explained(repo_id, revision):
+        tree = HfApi().list_repo_tree(repo_id, recursive=True, revision=revision)
+        files = [entry for entry in tree if isinstance(entry, RepoFile)]
+    wanted = filter_repo_objects(
+        files, allow_patterns=list(DOWNLOADED), key=lambda file: str(file.path)
+    )
+    return [
+        RemoteFile(file.path, file.size, file.lfs.sha256 if file.lfs else file.blob_id)
+        for file in wanted
+    ]
+
+
 def _telling(progress: Progress) -> type[tqdm[Any]]:
     """A bar for the Hub's library that shows nothing and tells `progress` instead."""
     from threading import Lock
