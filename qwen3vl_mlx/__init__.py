@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from qwen3vl_mlx.errors import (
         CheckpointError,
         EngineClosedError,
+        ForkedProcessError,
         HubError,
         InputError,
         QueueFullError,
@@ -35,6 +36,7 @@ _EXPORTS = {
     "Completion": "engine.output",
     "EngineClosedError": "errors",
     "EngineOptions": "engine.engine",
+    "ForkedProcessError": "errors",
     "HubError": "errors",
     "InputError": "errors",
     "Point": "tasks_parsing",
@@ -59,6 +61,7 @@ __all__ = [
     "Completion",
     "EngineClosedError",
     "EngineOptions",
+    "ForkedProcessError",
     "HubError",
     "InputError",
     "Point",

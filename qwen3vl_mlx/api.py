@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,12 +34,14 @@ from qwen3vl_mlx.engine.output import Completion, collect
 from qwen3vl_mlx.engine.request import Request, Stream
 from qwen3vl_mlx.engine.sampling import SamplingParams, asked_params, default_params
 from qwen3vl_mlx.errors import CheckpointError, InputError
+from qwen3vl_mlx.forks import check_not_forked
 from qwen3vl_mlx.jsonfiles import read_generation_config
 from qwen3vl_mlx.media import ImageSource
 from qwen3vl_mlx.models.config import read_config
 from qwen3vl_mlx.models.qwen3_vl import Model
 from qwen3vl_mlx.processing.processor import MaxPixels, Messages, Processor
 from qwen3vl_mlx.processing.tokenizer import Tokenizer, end_token_ids
+from qwen3vl_mlx.shared_models import shared_models
 from qwen3vl_mlx.tasks import PictureTasks
 from qwen3vl_mlx.tasks_wording import read_wording
 from qwen3vl_mlx.weights import load_weights
@@ -57,6 +60,7 @@ def load(
     engine: EngineOptions | None = None,
     draft: str | os.PathLike[str] | None = None,
     progress: bool = False,
+    shared: bool = False,
 ) -> Qwen3VL:
     """Load a checkpoint: a folder, a Hub id, or "demo".
 
@@ -67,10 +71,29 @@ def load(
     floating-point type on a GPU and is float32 on a CPU. engine: caches, batch size and memory
     limit, see `EngineOptions`. draft: a smaller checkpoint of the family that guesses ahead; the
     answers stay what they are, and come faster where it guesses well. progress shows a bar on a
-    terminal where reading the weights takes over a second. Raises CheckpointError, ConfigError,
-    WeightsError, HubError, or InputError for an unknown quantization.
+    terminal where reading the weights takes over a second. shared: the same object for all who
+    ask for the same checkpoint in the same way, from any thread, as long as somebody holds it.
+    Raises CheckpointError, ConfigError, WeightsError, HubError, InputError for an unknown
+    quantization, or ForkedProcessError in a fork of a process that has loaded a model.
     """
+    check_not_forked()
     source = hub.snapshot(hub.default_model() if model is None else model, revision)
+    load_source = partial(_load, source, quantize, topology, dtype, engine, draft, progress)
+    if not shared:
+        return load_source()
+    wishes = (quantize, topology, dtype, engine, draft)  # a recipe is not hashable
+    return shared_models().get((source.folder.resolve(), repr(wishes)), load_source)
+
+
+def _load(
+    source: hub.Snapshot,
+    quantize: str | Recipe | None,
+    topology: str | os.PathLike[str] | None,
+    dtype: mx.Dtype | None,
+    engine: EngineOptions | None,
+    draft: str | os.PathLike[str] | None,
+    progress: bool,
+) -> Qwen3VL:
     config = read_config(source.folder)
     # A tokenizer of 150,000 tokens takes as long to read as a small model's weights.
     with ThreadPoolExecutor(max_workers=1) as pool:

@@ -63,3 +63,7 @@ class QueueFullError(Qwen3VLError):
 
 class EngineClosedError(Qwen3VLError):
     """The model was closed, or its thread has failed."""
+
+
+class ForkedProcessError(Qwen3VLError):
+    """A forked child asked for a model; MLX cannot be used there."""

@@ -33,6 +33,7 @@ from qwen3vl_mlx.engine.speculative import (
     Speculation,
 )
 from qwen3vl_mlx.errors import EngineClosedError, InputError, QueueFullError
+from qwen3vl_mlx.forks import check_not_forked, is_forked
 from qwen3vl_mlx.models.qwen3_vl import Model
 from qwen3vl_mlx.processing.tokenizer import Tokenizer
 from qwen3vl_mlx.quant.plan import PREFILL_CHUNK
@@ -153,8 +154,10 @@ class Engine:
     def submit(self, request: Request) -> Handle:
         """Ask; returns at once, from any thread.
 
-        Raises InputError for what can never fit in memory, QueueFullError, EngineClosedError.
+        Raises InputError for what can never fit in memory, QueueFullError, EngineClosedError, and
+        ForkedProcessError in a child process.
         """
+        check_not_forked()  # before the lock: it may have been held in the parent
         admission = self.scheduler.admission
         cost = admission.cost(request.prompt, first_reserve(request, admission))
         if problem := admission.refuse(cost):
@@ -176,6 +179,7 @@ class Engine:
 
     def call(self, action: Callable[[], Result]) -> Result:
         """Run something on the owner thread between two steps, and wait for its result."""
+        check_not_forked()
         future: Future[Result] = Future()
         message = _Message(lambda: future.set_result(action()), future.set_exception)
         with self._wake:
@@ -214,6 +218,8 @@ class Engine:
 
     def close(self) -> None:
         """End all requests as cancelled, write what is to be kept, and stop the thread."""
+        if is_forked():  # the parent's thread, which goes on there
+            return
         with self._wake:
             self._closed = True
             self._wake.notify_all()
@@ -223,6 +229,7 @@ class Engine:
 
     def close_if_idle(self) -> bool:
         """Close, unless something is asked that has not ended; whether it is closed now."""
+        check_not_forked()
         with self._wake:
             if self.busy and not self._closed:
                 return False
@@ -231,6 +238,8 @@ class Engine:
         return True
 
     def _cancel(self, handle: Handle) -> None:
+        if is_forked():
+            return
         with self._wake:
             if not self._closed:
                 self._send(_Message(lambda: self.scheduler.cancel(handle), handle.put))
