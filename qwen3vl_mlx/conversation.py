@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from qwen3vl_mlx.asking import Form, Look
@@ -37,10 +37,29 @@ class Chat:
         self.tools = tools
         self.params = params
         self.budget = model.processor.image_budget(min_pixels, max_pixels)
+        self.number_images = False  # "Picture N:" before each, which may be changed between turns
         self.messages: list[Mapping[str, Any]] = []
         if system is not None:
             self.messages.append({"role": "system", "content": system})
         self._running: Generator[Chunk, None, None] | None = None
+
+    @property
+    def system(self) -> str | None:
+        """The system message. May be replaced between turns; None takes it away."""
+        first = self.messages[0] if self.messages else {}
+        return str(first["content"]) if first.get("role") == "system" else None
+
+    @system.setter
+    def system(self, text: str | None) -> None:
+        self._close_open_answer()
+        self.messages[: int(self.system is not None)] = (
+            [] if text is None else [{"role": "system", "content": text}]
+        )
+
+    def restore(self, messages: Messages) -> None:
+        """Go on from other messages, whose pictures are read now. Raises InputError."""
+        self._close_open_answer()
+        self.messages = list(self.model.processor.read(messages, self.budget))
 
     def send(
         self,
@@ -80,15 +99,14 @@ class Chat:
         response_format: Mapping[str, Any] | None = None,
         timeout: float | None = None,
         truncate: bool = False,
-    ) -> Iterator[Chunk]:
+    ) -> Generator[Chunk, None, None]:
         """`send`, chunk by chunk. Closing the iterator keeps the turn and what was said so far.
 
         A turn that says nothing before it is cut off leaves no trace. A chat gives one answer at a
         time: asking again closes an answer that is still open.
         """
         started = time.perf_counter()
-        if self._running is not None:
-            self._running.close()
+        self._close_open_answer()
         turn: list[Mapping[str, Any]] = []
         if content is not None:
             if not isinstance(content, str):
@@ -101,13 +119,40 @@ class Chat:
             [*self.messages, *turn],
             unbent(self.params, self.model.default_params),
             Form(self.tools, tool_choice, response_format=response_format),
-            Look(),
+            Look(add_vision_id=self.number_images),
             truncate=truncate,
             timeout=timeout,
             started=started,
         )
-        self._running = self._record(turn, request)
+        self._running = self._record(len(self.messages), turn, request)
         return self._running
+
+    def retry(self, *, timeout: float | None = None) -> Generator[Chunk, None, None]:
+        """Answer the last question anew, with `params` as they are now.
+
+        The old answer goes when the new one has said something. Raises InputError where nothing
+        was asked yet.
+        """
+        started = time.perf_counter()
+        self._close_open_answer()
+        asked = [i for i, message in enumerate(self.messages) if message["role"] == "user"]
+        if not asked:
+            raise InputError("there is no question to answer anew: ask one first")
+        request = self.model.asking.prepare(
+            self.messages[: asked[-1] + 1],
+            unbent(self.params, self.model.default_params),
+            Form(self.tools),
+            Look(add_vision_id=self.number_images),
+            truncate=False,
+            timeout=timeout,
+            started=started,
+        )
+        self._running = self._record(asked[-1] + 1, [], request)
+        return self._running
+
+    def _close_open_answer(self) -> None:
+        if self._running is not None:
+            self._running.close()
 
     def add_tool_result(
         self, call_id: str, content: str, *, images: Sequence[ImageSource] = ()
@@ -120,7 +165,7 @@ class Chat:
         self.messages.append({**seen, "role": "tool", "tool_call_id": call_id})
 
     def _record(
-        self, turn: Sequence[Mapping[str, Any]], request: Request
+        self, start: int, turn: Sequence[Mapping[str, Any]], request: Request
     ) -> Generator[Chunk, None, None]:
         chunks: list[Chunk] = []
         answer = self.model.run(request)
@@ -131,7 +176,7 @@ class Chat:
         finally:
             answer.close()
             if any(_says_something(chunk) for chunk in chunks):
-                self.messages += [*turn, _assistant_message(chunks)]
+                self.messages[start:] = [*turn, _assistant_message(chunks)]
 
 
 def _says_something(chunk: Chunk) -> bool:

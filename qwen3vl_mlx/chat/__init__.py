@@ -1,0 +1,1 @@
+"""A conversation in the terminal: `python -m qwen3vl_mlx.chat`."""
