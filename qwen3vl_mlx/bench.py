@@ -41,6 +41,9 @@ _EPILOG = """measurements, each the median of --runs, after one more run that is
 Decoding is greedy and goes on past end tokens. On a CPU both sides compute in float32, except in
 `start`, where each does as its command line does by default.
 
+--start measures `qwen3vl ask`, from the start of its process to the first text, as it loads the
+model and as it asks a server that has loaded it.
+
 --engine measures, each with how many answers are as those of the same question asked alone with
 caches off: time to the first token of a second question in a conversation, of the same picture in
 another one, there also after other words, and of another picture; tokens per second of eight
@@ -94,6 +97,7 @@ def parser(prog: str) -> argparse.ArgumentParser:
         "--max-tokens", type=int, default=64, metavar="N", help="of the answer (default 64)"
     )
     p.add_argument("--runs", type=int, default=5, metavar="N", help="(default 5)")
+    p.add_argument("--start", action="store_true", help="measure what a script waits for")
     p.add_argument("--engine", action="store_true", help="measure caches, batch and speculation")
     p.add_argument("--soak", type=int, metavar="N", help="ask N questions, look at each answer")
     p.add_argument("--server", action="store_true", help="measure what clients of a server see")
@@ -154,6 +158,8 @@ def bench(args: argparse.Namespace) -> None:
             compare_servers(args, checkpoint)
         elif args.soak is not None:
             soak(args, load(checkpoint))
+        elif args.start:
+            compare_starts(args, load(checkpoint), checkpoint, folder)
         elif args.engine:
             compare_engines(args, load(checkpoint), checkpoint, folder)
         else:
@@ -189,6 +195,26 @@ def compare(args: argparse.Namespace, model: Qwen3VL, checkpoint: Path, folder: 
                 rounds[peer.name].append({**starts, **peer.measure()})
     report = make_report(workload, rounds, args.runs)
     print(json.dumps(report) if args.json else table(report))
+
+
+def compare_starts(
+    args: argparse.Namespace, model: Qwen3VL, checkpoint: Path, folder: Path
+) -> None:
+    """Measure what a script waits for, and print."""
+    from qwen3vl_mlx import bench_start
+    from qwen3vl_mlx.bench_measure import make_workload
+
+    workload = make_workload(
+        model,
+        checkpoint,
+        folder,
+        pixels=args.pixels,
+        prompt_tokens=args.prompt_tokens,
+        max_tokens=args.max_tokens,
+    )
+    report = bench_start.compare(workload, folder, args.runs, args.compare_mlx_vlm)
+    told = {**asdict(report), "ratios": report.ratios}
+    print(json.dumps(told) if args.json else bench_start.table(report))
 
 
 def compare_engines(

@@ -144,13 +144,16 @@ def start_times(python: str, package: str, workload: Workload) -> dict[str, floa
     if package == "qwen3vl_mlx":  # the other side knows no budget but the checkpoint's
         command.append("--full-resolution")
     return {
-        "import_sec": _seconds([python, "-c", f"import {package}"], until_text=False),
-        "start_sec": _seconds(command, until_text=True),
+        "import_sec": seconds_of([python, "-c", f"import {package}"], until_text=False),
+        "start_sec": seconds_of(command, until_text=True),
     }
 
 
-def _seconds(command: Sequence[str], *, until_text: bool) -> float:
-    """Wall time of a process until it ends or, `until_text`, until it writes to stdout."""
+def seconds_of(command: Sequence[str], *, until_text: bool) -> float:
+    """Wall time of a process until it ends or, `until_text`, until it writes to stdout.
+
+    Raises Qwen3VLError where it fails.
+    """
     began = time.perf_counter()
     with (
         tempfile.TemporaryFile() as errors,

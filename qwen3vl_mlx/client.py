@@ -169,6 +169,17 @@ def served_models(server: Server) -> list[str]:
     return [str(model["id"]) for model in found["data"]]
 
 
+def is_ready(server: Server) -> bool:
+    """Whether a server answers questions now. Raises ServerGoneError."""
+    try:
+        with _request(server, "GET", "/health"):
+            return True
+    except ServerGoneError:
+        raise
+    except Qwen3VLError:
+        return False
+
+
 @contextmanager
 def stream_chat(server: Server, body: Mapping[str, Any]) -> Iterator[Iterator[Chunk]]:
     """The chunks of a chat completion; leaving the context ends the work on the server.
