@@ -161,16 +161,21 @@ def cached_revisions(repo: CachedRepo) -> list[LocalCheckpoint]:
         about = _read(folder)
         if about.is_family or (not about.values and _FAMILY.search(repo.repo_id)):
             found.append(_cached(repo, folder, about))
-    return sorted(found, key=lambda each: (each.revision is not None, each.revision))
+    found.sort(key=lambda each: (each.revision is not None, each.revision))
+    parts = _parts(repo.folder / "blobs")
+    # Of those they may belong to; once all is there, what an interrupt left behind.
+    owners = [each.commit for each in found if each.missing] or [each.commit for each in found[:1]]
+    return [_with_parts(each, parts) if each.commit in owners else each for each in found]
+
+
+def _with_parts(checkpoint: LocalCheckpoint, parts: tuple[StoredFile, ...]) -> LocalCheckpoint:
+    files = (*checkpoint.files, *parts)
+    return replace(checkpoint, files=files, last_used=_last_used(files))
 
 
 def _cached(repo: CachedRepo, folder: Path, about: _About) -> LocalCheckpoint:
-    found = _checkpoint(folder, repo.repo_id, "hub cache", about)
-    if found.missing:
-        files = (*found.files, *_partial(repo.folder / "blobs"))
-        found = replace(found, files=files, last_used=_last_used(files))
     return replace(
-        found,
+        _checkpoint(folder, repo.repo_id, "hub cache", about),
         size=_size(about, repo.repo_id),
         kind=_kind(repo.repo_id, folder),
         commit=folder.name,
@@ -272,8 +277,8 @@ def _stored(name: str, stat: os.stat_result) -> StoredFile:
     return StoredFile(name, nbytes, used, (stat.st_dev, stat.st_ino))
 
 
-def _partial(blobs: Path) -> tuple[StoredFile, ...]:
-    """What has arrived of files that are still to be completed."""
+def _parts(blobs: Path) -> tuple[StoredFile, ...]:
+    """Files of which only a part has arrived."""
     return tuple(file for file in _files(blobs) if file.name.endswith(".incomplete"))
 
 

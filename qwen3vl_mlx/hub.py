@@ -87,11 +87,30 @@ def config_folder(model: str | os.PathLike[str], revision: str | None = None) ->
     from huggingface_hub import hf_hub_download, try_to_load_from_cache
 
     name = os.fspath(model)
-    with _explained(name, revision):
+    with _explained(name, revision), _without_bar():
         found = try_to_load_from_cache(name, "config.json", revision=revision)
         if not isinstance(found, str):
             found = hf_hub_download(name, "config.json", revision=revision)
     return Path(found).parent
+
+
+@contextmanager
+def _without_bar() -> Iterator[None]:
+    """A small file of the Hub arrives before its bar could be read."""
+    from huggingface_hub.utils import (
+        are_progress_bars_disabled,
+        disable_progress_bars,
+        enable_progress_bars,
+    )
+
+    if are_progress_bars_disabled():
+        yield
+        return
+    disable_progress_bars("huggingface_hub.http_get")
+    try:
+        yield
+    finally:
+        enable_progress_bars("huggingface_hub.http_get")
 
 
 def local_folder(model: str | os.PathLike[str], revision: str | None = None) -> Path | None:

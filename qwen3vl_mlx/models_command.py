@@ -146,19 +146,21 @@ def _table(found: Sequence[LocalCheckpoint]) -> Table:
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, header_style="bold")
+    head = "dim"
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False, header_style=head)
     table.add_column("name", overflow="fold")
-    table.add_column("weights")
+    table.add_column("weights", no_wrap=True)
     table.add_column("size", justify="right", no_wrap=True)
     table.add_column("last used", no_wrap=True)
-    table.add_column("complete", no_wrap=True)
+    table.add_column("state", no_wrap=True)
     for each in found:
-        state = Text("yes", "green") if each.complete else Text("no", "yellow")
+        state = Text("complete", "green") if each.complete else Text("incomplete", "yellow")
         if each.problem:
             state = Text("unusable", "red")
         name = each.name if each.source != "folder" else short(each.folder)
+        revision = f"@{each.revision[:12]}" if each.revision else ""
         table.add_row(
-            Text(f"{name}@{each.revision[:12]}" if each.revision else name),
+            Text(name, "bold").append(revision, "dim"),
             each.quantization or "?",
             cli.size(each.nbytes),
             age(each.last_used),

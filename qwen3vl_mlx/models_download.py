@@ -44,7 +44,7 @@ def _fetch(name: str, revision: str | None) -> Path:
     whole, part = bytes_here(name, files)
     here, total = whole + part, sum(file.nbytes for file in files)
     check_space(name, total - here)
-    rest = f", {cli.size(here)} of them here already" if here else ""
+    rest = f", {cli.size(here)} of it here already" if here > total // 100 else ""
     print(f"{name}: {cli.size(total)} in {len(files)} files{rest}", file=sys.stderr)
     arrived, began = here, time.perf_counter()
     with _bar(here, total) as show, _stoppable() as stopped:
@@ -61,7 +61,8 @@ def _fetch(name: str, revision: str | None) -> Path:
         except KeyboardInterrupt:
             kept = sum(bytes_here(name, files))
             print(
-                f"{cli.size(kept)} of {cli.size(total)} are kept; the same command goes on there",
+                f"{cli.size(kept)} of {cli.size(total)} are kept, in whole files; the same "
+                "command fetches the rest",
                 file=sys.stderr,
             )
             raise
@@ -128,7 +129,7 @@ def _bar(done: int, total: int) -> Iterator[Callable[[int], None]]:
 def _stoppable() -> Iterator[threading.Event]:
     """Ctrl-C sets the event too, for the threads that download; the second one ends the process.
 
-    What has been written to the cache by then is kept in any case.
+    The Hub's library waits for its threads, which may be long in coming.
     """
     stopped = threading.Event()
 
@@ -138,7 +139,7 @@ def _stoppable() -> Iterator[threading.Event]:
                 sys.stderr.write(_SHOW)
             os._exit(130)
         stopped.set()
-        print("\nstopping; Ctrl-C again leaves at once", file=sys.stderr)
+        print("stopping; Ctrl-C again leaves at once", file=sys.stderr)
         raise KeyboardInterrupt
 
     if threading.current_thread() is not threading.main_thread():
