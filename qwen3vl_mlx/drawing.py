@@ -110,8 +110,9 @@ def _edges(each: Box | Point) -> tuple[float, float, float, float]:
 def _clipped(each: Box | Point, size: tuple[int, int]) -> Box | Point:
     if isinstance(each, Point):
         return Point(_clip(each.x, size[0]), _clip(each.y, size[1]), each.label)
-    edges = (_clip(value, side) for value, side in zip(_edges(each), (*size, *size), strict=True))
-    return Box(*edges, each.label)
+    width, height = size
+    x0, y0, x1, y1 = _edges(each)
+    return Box(_clip(x0, width), _clip(y0, height), _clip(x1, width), _clip(y1, height), each.label)
 
 
 def _clip(value: float, side: int) -> float:
@@ -246,11 +247,20 @@ def _inside(box: Box, size: tuple[int, int]) -> _Rectangle:
 def _outline(pen: PIL.ImageDraw.ImageDraw, place: _Rectangle, color: RGB, line: int) -> None:
     """A coloured frame between two dark lines, which shows on a ground of its own colour too."""
     edge = max(1, line // 3)
+    left, top, right, bottom = place
+    half = min(right - left, bottom - top) // 2
     for inset, fill, width in ((0, _BLACK, line + 2 * edge), (edge, color, line)):
-        left, top, right, bottom = place
-        inset = min(inset, (right - left) // 2, (bottom - top) // 2)
-        corners = (left + inset, top + inset, right - inset, bottom - inset)
-        pen.rectangle(corners, outline=fill, width=width)
+        inset = min(inset, half)
+        reach = min(width - 1, half - inset)
+        x0, y0, x1, y1 = left + inset, top + inset, right - inset, bottom - inset
+        # Four bars, as Pillow's own outline leaves a rectangle that is thinner than it.
+        for bar in (
+            (x0, y0, x1, y0 + reach),
+            (x0, y1 - reach, x1, y1),
+            (x0, y0, x0 + reach, y1),
+            (x1 - reach, y0, x1, y1),
+        ):
+            pen.rectangle(bar, fill=fill)
 
 
 def _dot(pen: PIL.ImageDraw.ImageDraw, point: Point, color: RGB, line: int) -> None:

@@ -11,6 +11,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from qwen3vl_mlx.engine.output import Completion, collect
@@ -48,12 +49,15 @@ __all__ = [
 ]
 
 _Found = TypeVar("_Found", Box, Point)
-_CUT_OFF = {
-    "length": "max_tokens, or the model's context, is too small for it",
-    "timeout": "the timeout is too short for it",
-    "repetition": "it repeated itself without end",
-    "cancelled": "it was cancelled",
-}
+_REASONS = MappingProxyType(
+    {
+        "length": "raise max_tokens; where it is unset, the picture leaves too little context",
+        "timeout": "raise timeout",
+        "repetition": "it repeated itself without end",
+        "constraint": "it could not follow the schema any more",
+        "cancelled": "the model was closed",
+    }
+)
 
 
 class _Model(Protocol):
@@ -114,7 +118,7 @@ class PictureTasks:
         that is cut off gives the boxes before the cut.
         """
         limits = _Limits(max_tokens, temperature, min_pixels, max_pixels, timeout)
-        picture, wanted = load_image(image), subjects(what or "")
+        picture, wanted = load_image(image), subjects("" if what is None else what)
         answers = _ask(self, picture, self.wording.prompts("detect", wanted or ""), limits)
         return _labelled((parse_boxes(each.text, picture.size) for each in answers), wanted)
 
@@ -131,7 +135,7 @@ class PictureTasks:
     ) -> list[Point]:
         """`detect` with one point a thing; where the model answers with a box, its middle."""
         limits = _Limits(max_tokens, temperature, min_pixels, max_pixels, timeout)
-        picture, wanted = load_image(image), subjects(what or "")
+        picture, wanted = load_image(image), subjects("" if what is None else what)
         answers = _ask(self, picture, self.wording.prompts("point", wanted or ""), limits)
         return _labelled((parse_points(each.text, picture.size) for each in answers), wanted)
 
@@ -197,10 +201,18 @@ class PictureTasks:
             prompt = self.wording.prompt("extract", json.dumps(schema, ensure_ascii=False))
         form = {"type": "json_schema", "json_schema": {"name": "answer", "schema": schema}}
         limits = _Limits(max_tokens, temperature, min_pixels, max_pixels, timeout)
-        [answer] = _ask(self, load_image(image), [prompt], limits, form)
-        if answer.finish_reason in _CUT_OFF:
+        try:
+            [answer] = _ask(self, load_image(image), [prompt], limits, form)
+        except InputError as error:
+            if str(error).startswith("response_format"):  # the caller knows it by another name
+                raise InputError(f"schema{str(error).removeprefix('response_format')}") from error
+            raise
+        if answer.finish_reason != "stop":
             raise _cut_off(answer, "JSON was whole")
-        return json.loads(answer.text)
+        try:
+            return json.loads(answer.text)
+        except ValueError as error:  # more digits than Python takes for an integer
+            raise TaskError(f"the answer cannot be read as JSON: {error}") from error
 
 
 def _ask(
@@ -236,7 +248,7 @@ def _ask(
 
 
 def _cut_off(answer: Completion, what: str) -> TaskError:
-    reason = _CUT_OFF.get(answer.finish_reason, answer.finish_reason)
+    reason = _REASONS.get(answer.finish_reason, answer.finish_reason)
     return TaskError(f"the answer was cut off before the {what}: {reason}")
 
 

@@ -9,6 +9,7 @@ from contextlib import suppress
 from typing import Any
 
 import pytest
+from answers import GOLDEN
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -28,13 +29,6 @@ CAT = Box(200.0, 100.0, 600.0, 200.0, "cat")
 DOG = Box(1000.0, 250.0, 1200.0, 300.0, "dog")
 CAT_JSON = '{"bbox_2d": [100, 200, 300, 400], "label": "cat"}'
 DOG_JSON = '{"bbox_2d": [500, 500, 600, 600], "label": "dog"}'
-
-GOLDEN = """```json
-[
-\t{"bbox_2d": [100, 200, 300, 400], "label": "cat"},
-\t{"bbox_2d": [500, 500, 600, 600], "label": "dog"}
-]
-```"""  # as Qwen3-VL writes it
 
 
 @pytest.mark.parametrize(
