@@ -26,8 +26,6 @@ Outputs: TypeAlias = "tuple[Any, Any, Any]"
 _PACE_SEC = 0.04  # between two pictures of an answer that grows: quicker is not seen
 _LOADING_SEC = 0.5  # a look at how the loading goes
 
-IDLE = {"submit_btn": True, "stop_btn": False}
-BUSY = {"submit_btn": False, "stop_btn": True}
 
 _NOTES = {
     "cancelled": "Stopped.",
@@ -56,8 +54,9 @@ class Chat:
         session = self.session(request)
         if not text and not files:
             return
-        running = session.begin()
+        running = session.begin("chat")
         if running is None:
+            gr.Info("One answer at a time: stop this one first.")
             return
         try:
             read = await asyncio.to_thread(read_pictures, files, self.folder)
@@ -104,7 +103,7 @@ class Chat:
         """Take a question back, into the box."""
         session = self.session(request)
         place = turn_of(session.turns, _place(event.index))
-        running = None if place is None else session.begin()
+        running = None if place is None else session.begin("chat")
         if place is None or running is None:
             return gr.skip(), gr.skip(), gr.skip()
         taken = session.turns[place]
@@ -116,18 +115,18 @@ class Chat:
     def clear(self, request: gr.Request) -> Outputs:
         """Begin anew. Stops an answer under way."""
         session = self.session(request)
-        session.stop()
+        session.stop("chat")
         session.turns = []
-        return [], gr.update(**IDLE), ""
+        return [], box_update(busy=False), ""
 
     def stop(self, request: gr.Request) -> None:
-        self.session(request).stop()
+        self.session(request).stop("chat")
 
     async def _again(
         self, session: Session, place: int, text: str | None, values: tuple[Any, ...]
     ) -> AsyncIterator[Outputs]:
         number = turn_of(session.turns, place)
-        running = None if number is None or text == "" else session.begin()
+        running = None if number is None or text == "" else session.begin("chat")
         if number is None or running is None:
             yield messages_of(session.turns), gr.skip(), gr.skip()
             return
@@ -149,12 +148,11 @@ class Chat:
         clear: bool,
     ) -> AsyncIterator[Outputs]:
         """Let the model answer the last turn."""
-        emptied = {"value": {"text": "", "files": []}} if clear else {}
-        yield messages_of(session.turns, waiting=True), gr.update(**BUSY, **emptied), ""
-        numbers: Any = gr.skip()
+        yield messages_of(session.turns, waiting=True), box_update(busy=True, clear=clear), ""
+        numbers = ""
         try:
             settings = Settings.of(values)
-            async for note in self._loading(running):
+            async for note in loading(self.models, running):
                 turn.note = note
                 yield messages_of(session.turns, waiting=True), gr.skip(), gr.skip()
             turn.note = ""
@@ -165,20 +163,31 @@ class Chat:
                 with stream:
                     running.attach(stream)
                     async for numbers in follow(stream, turn):
-                        yield messages_of(session.turns, waiting=True), gr.skip(), numbers or gr.skip()
+                        yield (
+                            messages_of(session.turns, waiting=True),
+                            gr.skip(),
+                            numbers or gr.skip(),
+                        )
         except EngineClosedError:
             turn.note = "Stopped: the app is being closed."
         except Qwen3VLError as error:
             turn.note, turn.failed = str(error), True
-        yield messages_of(session.turns), gr.update(**IDLE), numbers or gr.skip()
+        yield messages_of(session.turns), box_update(busy=False), numbers or gr.skip()
 
-    async def _loading(self, running: Running) -> AsyncIterator[str]:
-        """How the loading goes, until there is a model to ask."""
-        while (status := self.models.status).answers is None and status.state == "loading":
-            if running.stopped:
-                raise Qwen3VLError("Stopped before the model was loaded.")
-            yield f"Waiting for {status.wish.title}: {status.note}"
-            await asyncio.sleep(_LOADING_SEC)
+
+def box_update(*, busy: bool, clear: bool = False) -> Any:
+    """The box with the button that fits: send, or stop. What was typed stays unless cleared."""
+    update = gr.update(submit_btn=not busy, stop_btn=busy)
+    return {**update, "value": {"text": "", "files": []}} if clear else update
+
+
+async def loading(models: Models, running: Running) -> AsyncIterator[str]:
+    """How the loading goes, until there is a model to ask. Raises Qwen3VLError when stopped."""
+    while (status := models.status).answers is None and status.state == "loading":
+        if running.stopped:
+            raise Qwen3VLError("Stopped before the model was loaded.")
+        yield f"Waiting for {status.wish.title}: {status.note}"
+        await asyncio.sleep(_LOADING_SEC)
 
 
 def ask_model(

@@ -1,4 +1,4 @@
-"""What a browser may do here: only this page's own requests, and nothing that leaves the machine."""
+"""What a browser may do here: this page's own requests, and nothing that leaves the machine."""
 
 from __future__ import annotations
 

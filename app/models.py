@@ -149,7 +149,7 @@ class Models:
 
         try:
             model = self._load(wish, tell)
-        except Exception as error:  # noqa: BLE001: a thread's edge: whatever it is, it is shown
+        except Exception as error:  # noqa: BLE001 - a thread's edge: whatever it is, it is shown
             known = isinstance(error, Qwen3VLError)
             note = str(error) if known else f"{type(error).__name__}: {error}"
             with self._changed:

@@ -13,12 +13,14 @@ from app.picker import Picker, build_picker
 from app.session import Sessions
 from app.settings import Controls, build_controls
 from app.show import LATEX
+from app.tasks_page import build_tasks
 from qwen3vl_mlx.demo import EXAMPLE
 from qwen3vl_mlx.demo.scenes import make_scene
 
 TITLE = "Qwen3-VL"
 STYLE = Path(__file__).with_name("style.css")
-HEAD = ""
+SCRIPT = Path(__file__).with_name("page.js")
+HEAD = f"<script>{SCRIPT.read_text(encoding='utf-8')}</script>"
 
 _SYSTEM_FONTS = ("system-ui", "-apple-system", "Segoe UI", "Roboto", "sans-serif")
 _MONO_FONTS = ("ui-monospace", "SF Mono", "Menlo", "Consolas", "monospace")
@@ -35,11 +37,33 @@ def theme() -> gr.themes.Base:
         radius_size="lg",
         font=[gr.themes.Font(name) for name in _SYSTEM_FONTS],
         font_mono=[gr.themes.Font(name) for name in _MONO_FONTS],
+    ).set(
+        block_title_background_fill="transparent",
+        block_title_background_fill_dark="transparent",
+        block_title_text_color="*neutral_700",
+        block_title_text_color_dark="*neutral_200",
+        block_title_padding="0",
+        block_title_text_weight="500",
+        block_label_background_fill="transparent",
+        block_label_background_fill_dark="transparent",
+        block_label_text_color="*neutral_600",
+        block_label_text_color_dark="*neutral_300",
+        block_label_text_weight="500",
+        button_primary_background_fill="*primary_600",
+        button_primary_background_fill_hover="*primary_700",
+        # Soft's own are too pale to read.
+        body_text_color_subdued="*neutral_500",
+        body_text_color_subdued_dark="*neutral_400",
+        block_info_text_color="*neutral_500",
+        block_info_text_color_dark="*neutral_400",
+        input_placeholder_color="*neutral_500",
+        input_placeholder_color_dark="*neutral_400",
     )
 
 
 def build_page(models: Models, sessions: Sessions, folder: Path) -> gr.Blocks:
     """Build it. `folder` takes copies of pictures."""
+    page: gr.Blocks
     chat = Chat(models, sessions, folder)
     picker = Picker(models, sessions)
     with gr.Blocks(
@@ -52,6 +76,8 @@ def build_page(models: Models, sessions: Sessions, folder: Path) -> gr.Blocks:
         with gr.Tabs(elem_id="tabs"):
             with gr.Tab("Chat", id="chat"):
                 _build_chat(chat, controls, folder)
+            with gr.Tab("Tasks", id="tasks"):
+                build_tasks(models, sessions, folder, controls.all, _EVENT)
         picker.wire(page, parts, controls)
 
         def leave(request: gr.Request) -> None:
@@ -76,18 +102,8 @@ def _build_chat(chat: Chat, controls: Controls, folder: Path) -> None:
         placeholder="### What would you like to know?\nDrop in a picture, or try one of these.",
         examples=_examples(folder),
     )
-    numbers = gr.Markdown("", elem_id="numbers", container=False)
-    box = gr.MultimodalTextbox(
-        label="Your question",
-        show_label=False,
-        placeholder="Ask about a picture: drop it here, paste it, or use the clip",
-        file_count="multiple",
-        sources=["upload"],
-        max_plain_text_length=1_000_000,
-        autofocus=True,
-        elem_id="box",
-    )
     with gr.Row(elem_id="actions"):
+        numbers = gr.Markdown("", elem_id="numbers", container=False)
         camera_button = gr.Button("Camera", size="sm", elem_id="camera-button")
         new_button = gr.Button("New chat", size="sm", elem_id="new-chat")
     camera = gr.Image(
@@ -97,6 +113,16 @@ def _build_chat(chat: Chat, controls: Controls, folder: Path) -> None:
         visible=False,
         height=280,
         elem_id="camera",
+    )
+    box = gr.MultimodalTextbox(
+        label="Your question",
+        show_label=False,
+        placeholder="Ask about a picture: drop it here, paste it, or use the clip",
+        file_count="multiple",
+        sources=["upload"],
+        max_plain_text_length=1_000_000,
+        autofocus=True,
+        elem_id="box",
     )
     outputs = [shown, box, numbers]
     box.submit(chat.ask, [box, *controls.all], outputs, **_ANSWER)

@@ -16,7 +16,8 @@ from qwen3vl_mlx.errors import InputError, Qwen3VLError
 
 AS_IT_IS = "as it is"
 _QUANTIZE = (
-    AS_IT_IS, "auto", "8bit", "6bit", "5bit", "4bit", "3bit", "mxfp8", "mxfp4", "nvfp4", "mixed_3_6",
+    AS_IT_IS, "auto", "8bit", "6bit", "5bit", "4bit", "3bit", "2bit", "mxfp8", "mxfp4", "nvfp4",
+    "mixed_3_6",
 )  # fmt: skip
 _LOADING_SEC, _READY_SEC = 0.5, 4.0  # between two looks at what the model does
 _EVENT: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private", "queue": False}

@@ -51,7 +51,7 @@ def served(models: Models, place: Place) -> Iterator[Served]:
         sessions = Sessions()
         page = _launch(models, sessions, place, Path(folder))
         try:
-            yield Served(page.local_url.rstrip("/"), sessions, page)
+            yield Served(str(page.local_url).rstrip("/"), sessions, page)
         finally:
             sessions.stop_all()
             page.close(verbose=False)

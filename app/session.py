@@ -6,12 +6,15 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+    from app.finding import Finding
     from qwen3vl_mlx import Stream
+
+Part: TypeAlias = Literal["chat", "task"]
 
 _KEEP_SEC = 3600.0  # a laptop that slept, or a network that was gone, finds its conversation again
 
@@ -61,12 +64,17 @@ class Turn:
 
 @dataclass
 class Session:
-    """What one tab has asked. `serial` is the model whose defaults its controls show."""
+    """What one tab has asked, in the chat and of one picture.
+
+    serial: the model whose defaults its controls show.
+    """
 
     turns: list[Turn] = field(default_factory=list)
+    picture: Picture | None = None
+    found: Finding | None = None
     serial: int = -1
     left_at: float | None = None
-    _running: Running | None = None
+    _running: dict[Part, Running] = field(default_factory=dict)
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def messages(self, system: str) -> list[dict[str, Any]]:
@@ -74,19 +82,20 @@ class Session:
         told = [message for turn in self.turns for message in turn.messages()]
         return [{"role": "system", "content": system}, *told] if system.strip() else told
 
-    def begin(self) -> Running | None:
-        """Claim the session for one answer; None while another is under way."""
+    def begin(self, part: Part) -> Running | None:
+        """Claim a part of the page for one answer; None while another is under way there."""
         with self._lock:
-            if self._running is not None and not self._running.ended:
+            before = self._running.get(part)
+            if before is not None and not before.ended:
                 return None
-            self._running = Running()
-            return self._running
+            self._running[part] = running = Running()
+            return running
 
-    def stop(self) -> None:
-        """End the answer under way, if there is one. What was said stays."""
+    def stop(self, *parts: Part) -> None:
+        """End the answers under way, in all parts where none is named. What was said stays."""
         with self._lock:
-            running = self._running
-        if running is not None:
+            stopping = [self._running.get(part) for part in parts or self._running]
+        for running in filter(None, stopping):
             running.stop()
 
 

@@ -115,7 +115,7 @@ def build_controls() -> Controls:
             "min_visual": gr.Number(
                 label="Least visual tokens",
                 minimum=0.001,
-                info="A smaller picture is enlarged. A token is 32 × 32 pixels.",
+                info="A smaller picture is enlarged. A token is 32 by 32 pixels.",
             ),
             "max_visual": gr.Number(
                 label="Most visual tokens",
@@ -127,6 +127,4 @@ def build_controls() -> Controls:
 
 
 def _whole(label: str, placeholder: str, minimum: int = 1) -> gr.Number:
-    return gr.Number(
-        label=label, value=None, precision=0, minimum=minimum, placeholder=placeholder
-    )
+    return gr.Number(label=label, value=None, precision=0, minimum=minimum, placeholder=placeholder)

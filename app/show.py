@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from app.session import Turn
     from qwen3vl_mlx import Usage
 
-LATEX = (
+LATEX: tuple[dict[str, str | bool], ...] = (
     {"left": "$$", "right": "$$", "display": True},
     {"left": "\\[", "right": "\\]", "display": True},
     {"left": "\\(", "right": "\\)", "display": False},
