@@ -120,7 +120,7 @@ class PictureTasks:
         limits = _Limits(max_tokens, temperature, min_pixels, max_pixels, timeout)
         picture, wanted = load_image(image), subjects("" if what is None else what)
         answers = _ask(self, picture, self.wording.prompts("detect", wanted or ""), limits)
-        return _labelled((parse_boxes(each.text, picture.size) for each in answers), wanted)
+        return _labelled([parse_boxes(each.text, picture.size) for each in answers], wanted)
 
     def point(
         self: _Model,
@@ -137,7 +137,7 @@ class PictureTasks:
         limits = _Limits(max_tokens, temperature, min_pixels, max_pixels, timeout)
         picture, wanted = load_image(image), subjects("" if what is None else what)
         answers = _ask(self, picture, self.wording.prompts("point", wanted or ""), limits)
-        return _labelled((parse_points(each.text, picture.size) for each in answers), wanted)
+        return _labelled([parse_points(each.text, picture.size) for each in answers], wanted)
 
     def read_text(
         self: _Model,
@@ -252,9 +252,12 @@ def _cut_off(answer: Completion, what: str) -> TaskError:
     return TaskError(f"the answer was cut off before the {what}: {reason}")
 
 
-def _labelled(found: Iterable[Sequence[_Found]], wanted: Sequence[str]) -> list[_Found]:
-    """All that was found, once each; what has no label has that of the one thing asked for."""
-    everything = [each for part in found for each in part]
-    if len(wanted) == 1:
-        everything = [each if each.label else replace(each, label=wanted[0]) for each in everything]
-    return list(dict.fromkeys(everything))
+def _labelled(found: Sequence[Sequence[_Found]], wanted: Sequence[str]) -> list[_Found]:
+    """What the answers hold, once each; without a label it is what its question asked for."""
+    names = wanted if len(wanted) == len(found) else [""] * len(found)
+    labelled = (
+        each if each.label else replace(each, label=name)
+        for part, name in zip(found, names, strict=True)
+        for each in part
+    )
+    return list(dict.fromkeys(labelled))

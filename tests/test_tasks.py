@@ -244,6 +244,9 @@ def test_a_place_without_a_label_has_that_of_the_thing_asked_for() -> None:
     model = Scripted(saying("[[100, 200, 300, 400]]"))
     assert model.detect(PAGE, "cat") == [Box(200, 100, 600, 200, "cat")]
     assert model.detect(PAGE, "cat, dog") == [Box(200, 100, 600, 200, "")]
+    model.wording = Wording(several=False)  # a question for each
+    labels = [box.label for box in model.detect(PAGE, "cat, dog")]
+    assert labels == ["cat", "dog"]
 
 
 def test_thoughts_are_no_answers() -> None:
