@@ -107,28 +107,13 @@ def _answers_to(checkpoint: LocalCheckpoint, revision: str) -> bool:
 def _of_cache(
     repo: CachedRepo, found: Sequence[LocalCheckpoint], chosen: Sequence[LocalCheckpoint]
 ) -> Removal:
-    """Snapshots of a repository, by the Hub library's own plan: what others share stays."""
-    from huggingface_hub import scan_cache_dir
-
+    """Snapshots of a repository; what other snapshots share stays."""
     if repo.folder.is_symlink():
         target = os.readlink(repo.folder)
         raise CheckpointError(f"{repo.folder} is a link to {target}: links are not followed")
     is_whole = len(chosen) == len(repo.snapshots())
-    scanned = scan_cache_dir(cache_folder())
-    # Copies of a repository have its commits: only this one may be touched.
-    mine = frozenset(each for each in scanned.repos if each.repo_path.samefile(repo.folder))
-    commits = [each.folder.name for each in chosen]
+    delete = _deletion(repo, [each.folder.name for each in chosen], is_whole)
     rest = [each for each in found if each not in chosen]
-    if mine:
-        strategy = replace(scanned, repos=mine).delete_revisions(*commits)
-        delete = strategy.execute
-    elif is_whole:  # too damaged for the library to plan
-        delete = _remover(repo.folder)
-    else:
-        raise CheckpointError(
-            f"{repo.folder} is damaged ({'; '.join(map(str, scanned.warnings))[:300]}); it can "
-            "only be removed whole, without --revision"
-        )
 
     def execute() -> None:
         delete()
@@ -137,29 +122,43 @@ def _of_cache(
                 raise OutputError(f"{each.folder} could not be removed: check its permissions")
             repo.forget(each.folder.name)
 
+    gone = chosen
     if not is_whole:  # parts of files stay where another revision may need them
-        chosen = [_without_parts(each) for each in chosen]
-        rest = [_without_parts(each) for each in rest]
-    stays = disk_use(chosen) + disk_use(rest) - disk_use([*chosen, *rest])
+        gone, rest = [_without_parts(each) for each in gone], [_without_parts(r) for r in rest]
+    frees = disk_use([*gone, *rest]) - disk_use(rest)
+    shared = disk_use(gone) - frees
     return Removal(
         name=repo.repo_id,
         place=repo.folder,
         what=", ".join(map(_summary, chosen)),
-        nbytes=disk_use([*chosen, *rest]) - disk_use(rest),
+        nbytes=frees,
         ours=any(each.downloaded_here for each in chosen)
         and all(each.downloaded_here for each in chosen if each.has_weights),
-        stays=(f"{cli.size(stays)} that other revisions share",) if stays else (),
+        stays=(f"{cli.size(shared)} that other revisions share",) if shared else (),
         execute=execute,
+    )
+
+
+def _deletion(repo: CachedRepo, commits: Sequence[str], is_whole: bool) -> Callable[[], None]:
+    """What deletes snapshots by the Hub library's own plan, of this repository alone."""
+    from huggingface_hub import scan_cache_dir
+
+    scanned = scan_cache_dir(cache_folder())
+    # Copies of a repository have its commits, and the library takes the first it meets.
+    mine = frozenset(each for each in scanned.repos if each.repo_path.samefile(repo.folder))
+    if mine:
+        return replace(scanned, repos=mine).delete_revisions(*commits).execute
+    if is_whole:  # too damaged for the library to plan
+        return lambda: shutil.rmtree(repo.folder)
+    problems = "; ".join(str(each) for each in scanned.warnings if str(repo.folder) in str(each))
+    raise CheckpointError(
+        f"{repo.folder} is damaged ({problems[:300]}); it can be removed whole, without --revision"
     )
 
 
 def _without_parts(checkpoint: LocalCheckpoint) -> LocalCheckpoint:
     whole = tuple(each for each in checkpoint.files if not each.name.endswith(".incomplete"))
     return replace(checkpoint, files=whole)
-
-
-def _remover(folder: Path) -> Callable[[], None]:
-    return lambda: shutil.rmtree(folder)
 
 
 def _of_folder(name: str, folder: Path) -> Removal:

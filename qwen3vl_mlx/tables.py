@@ -18,7 +18,7 @@ def print_table(table: Table) -> None:
     if console.is_terminal:
         console.print(table)
         return
-    table.box = None
+    table.box, table.padding = None, (0, 2, 0, 0)
     console = Console(highlight=False, width=1000, color_system=None)
     with console.capture() as captured:
         console.print(table)
