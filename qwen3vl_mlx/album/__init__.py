@@ -1,0 +1,1 @@
+"""Many pictures, one question each: folders to results that survive any end of the run."""
