@@ -151,7 +151,7 @@ class _Sketch:
         pen = ImageDraw.Draw(self.picture)
         for each in found:
             if isinstance(each, Box):
-                _outline(pen, _inside(each, self.picture.size), colors[each.label], line)
+                _outline(pen, _pixels(each, self.picture.size), colors[each.label], line)
             else:
                 _dot(pen, each, colors[each.label], line)
         for each in found:
@@ -186,44 +186,46 @@ class _Sketch:
         return (text[:low] + "...", width(low)) if low else ("", 0)
 
     def _place(self, each: Box | Point, tag: tuple[int, int], line: int) -> _Rectangle:
-        """Where a label stands: near its thing, in the picture, clear of other labels."""
+        """Where a label stands: beside its thing if it can, clear of other labels."""
         width, height = self.picture.size
         taken = self.tags[-_CROWD:]
+        thing = _pixels(each, self.picture.size)
         if isinstance(each, Point):
-            taken.append((*_corner(each, -3 * line), *_corner(each, 3 * line)))
+            thing = _grown(thing, 3 * line)
+        inside = _spots_inside(thing, tag) if isinstance(each, Box) else ()
         places = []
-        for x, y in _spots(each, tag, line):
-            left = min(max(x, 0), width - tag[0])
-            top = min(max(y, 0), height - tag[1])
-            place = (left, top, left + tag[0] - 1, top + tag[1] - 1)
-            if top == y and not any(_meet(place, other) for other in taken):
-                return place
-            places.append(place)
+        for keep_clear, spots in (([thing, *taken], _spots_beside(thing, tag)), (taken, inside)):
+            for x, y in spots:
+                left, top = min(max(x, 0), width - tag[0]), min(max(y, 0), height - tag[1])
+                place = (left, top, left + tag[0] - 1, top + tag[1] - 1)
+                if not any(_meet(place, other) for other in keep_clear):
+                    return place
+                places.append(place)
         return places[-1]
 
 
-def _spots(each: Box | Point, tag: tuple[int, int], line: int) -> Iterator[tuple[int, int]]:
-    """Left and top of a label of a size: the best first, the last one always near."""
-    x0, y0, x1, y1 = map(round, _edges(each))
-    wide, high = tag
-    if isinstance(each, Box):
-        yield x0, y0 - high
-        yield x1 - wide, y0 - high
-        yield x0, y1
-        yield x1 - wide, y1
-        yield x1 - wide, y0
-        yield x0, y1 - high
-        yield x0, y0
-    else:
-        gap = 4 * line
-        yield x0 + gap, y0 - high // 2
-        yield x0 - gap - wide, y0 - high // 2
-        yield x0 - wide // 2, y0 + gap
-        yield x0 - wide // 2, y0 - gap - high
+def _spots_beside(thing: _Rectangle, tag: tuple[int, int]) -> Iterator[tuple[int, int]]:
+    """Left and top of a label that touches its thing from outside, the best first."""
+    (left, top, right, bottom), (width, height) = thing, tag
+    for y in (top - height, bottom + 1):
+        yield left, y
+        yield right + 1 - width, y
+    for x in (right + 1, left - width):
+        yield x, top
+        yield x, bottom + 1 - height
 
 
-def _corner(point: Point, reach: int) -> tuple[int, int]:
-    return round(point.x) + reach, round(point.y) + reach
+def _spots_inside(thing: _Rectangle, tag: tuple[int, int]) -> Iterator[tuple[int, int]]:
+    """Left and top of a label in the corners of its box; the usual one is last."""
+    (left, top, right, bottom), (width, height) = thing, tag
+    yield right + 1 - width, top
+    yield right + 1 - width, bottom + 1 - height
+    yield left, bottom + 1 - height
+    yield left, top
+
+
+def _grown(place: _Rectangle, by: int) -> _Rectangle:
+    return place[0] - by, place[1] - by, place[2] + by, place[3] + by
 
 
 def _meet(a: _Rectangle, b: _Rectangle) -> bool:
@@ -237,11 +239,11 @@ def _plain(label: str) -> str:
     return line if len(line) <= _LONGEST_LABEL else line[: _LONGEST_LABEL - 3] + "..."
 
 
-def _inside(box: Box, size: tuple[int, int]) -> _Rectangle:
-    """The pixels that a box in the picture covers, one at least."""
-    left = min(math.floor(box.x0), size[0] - 1)
-    top = min(math.floor(box.y0), size[1] - 1)
-    return left, top, max(math.ceil(box.x1) - 1, left), max(math.ceil(box.y1) - 1, top)
+def _pixels(each: Box | Point, size: tuple[int, int]) -> _Rectangle:
+    """The pixels that a thing in the picture covers, one at least."""
+    x0, y0, x1, y1 = _edges(each)
+    left, top = min(math.floor(x0), size[0] - 1), min(math.floor(y0), size[1] - 1)
+    return left, top, max(math.ceil(x1) - 1, left), max(math.ceil(y1) - 1, top)
 
 
 def _outline(pen: PIL.ImageDraw.ImageDraw, place: _Rectangle, color: RGB, line: int) -> None:

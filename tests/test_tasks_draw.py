@@ -56,7 +56,7 @@ def boxes(draw: st.DrawFn, width: int, height: int) -> Box:
     return Box(x0, y0, x1, y1, "")
 
 
-@settings(max_examples=60)
+@settings(max_examples=60, deadline=None)
 @given(st.data(), st.sampled_from([(300, 200), (64, 320), (700, 60)]))
 def test_a_frame_is_on_its_box_and_nowhere_else(data: st.DataObject, size: tuple[int, int]) -> None:
     found = [data.draw(boxes(*size)) for _ in range(data.draw(st.integers(0, 3)))]

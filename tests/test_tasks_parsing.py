@@ -143,6 +143,7 @@ sides = st.integers(1, 10_000)
 thousandths = st.tuples(*[st.integers(0, 1000)] * 4).filter(lambda b: b[0] < b[2] and b[1] < b[3])
 
 
+@settings(deadline=None)
 @given(st.lists(thousandths, max_size=8, unique=True), sides, sides)
 def test_a_round_trip_on_any_aspect_ratio(
     places: list[tuple[int, ...]], width: int, height: int
@@ -166,6 +167,7 @@ def test_a_round_trip_on_any_aspect_ratio(
 numbers = st.one_of(st.integers(-3000, 3000), st.floats(), st.text(max_size=4), st.none())
 
 
+@settings(deadline=None)
 @given(st.lists(st.lists(numbers, max_size=6), max_size=6), sides, sides)
 def test_boxes_are_always_inside_and_have_an_area(
     places: list[list[Any]], width: int, height: int
@@ -185,7 +187,7 @@ tokens = st.sampled_from([
 ])  # fmt: skip
 
 
-@settings(max_examples=400)
+@settings(max_examples=400, deadline=None)
 @given(st.one_of(st.text(), st.lists(tokens, max_size=60).map("".join)))
 def test_no_text_is_too_strange(answer: str) -> None:
     for box in parse_boxes(answer, (7, 9)):
@@ -265,6 +267,7 @@ plain = st.recursive(
 ).filter(lambda value: isinstance(value, (list, dict)))
 
 
+@settings(deadline=None)
 @given(plain, st.booleans(), st.sampled_from([None, 2]))
 def test_json_between_sentences_is_read_as_it_stands(
     value: Any, ascii_only: bool, indent: int | None
