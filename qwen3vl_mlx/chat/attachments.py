@@ -26,8 +26,10 @@ _ENDS_NAME = r"(?=$|[^\w.\-/\\%~]|[.](?![\w])|[^\x00-\x7f])"
 _EXTENSION = re.compile(rf"(?<=[^\s/\\])\.(?:{'|'.join(EXTENSIONS)}){_ENDS_NAME}", re.I)
 _URL = re.compile(r"https?://|file:|data:image/", re.I)
 _ESCAPE = re.compile(r"\\([^A-Za-z0-9])")
+_INNER = re.compile(rf"(?<=[{re.escape(_OPENING)},;:=]).|(?<=[^\x00-\x7f])[\x21-\x7e]", re.S)
 _TOKEN = re.compile(rf"(?:\\.|[^\\{_SPACE}]|\\$)+", re.S)
 _LONGEST_PATH_WORDS = 12  # of one name with plain spaces in it
+_LONGEST_PATH = 1024
 
 
 @dataclass(frozen=True)
@@ -64,9 +66,9 @@ def find_pictures(text: str, exists: Callable[[str], bool] = is_file) -> Found:
     matches: list[_Match] = []
     at = 0
     while at < len(text):
-        match = None
-        if text[at] not in _SPACE:
-            match = _quoted(text, at, exists) or _plain(text, at, exists)
+        match = _match(text, at, exists)
+        if match is not None and not match.is_there:
+            match = _inside(text, match, exists) or match
         if match is not None:
             matches.append(match)
             at = match.stop
@@ -78,6 +80,23 @@ def find_pictures(text: str, exists: Callable[[str], bool] = is_file) -> Found:
         tuple(match.source for match in there),
         tuple(match.source for match in matches if not match.is_there),
     )
+
+
+def _match(text: str, at: int, exists: Callable[[str], bool]) -> _Match | None:
+    if text[at] in _SPACE:
+        return None
+    return _quoted(text, at, exists) or _plain(text, at, exists)
+
+
+def _inside(text: str, missing: _Match, exists: Callable[[str], bool]) -> _Match | None:
+    """A picture that is there within what looked like one: other scripts set no spaces."""
+    at = _next_start(text, missing.start)
+    while at < missing.stop:
+        match = _match(text, at, exists)
+        if match is not None and match.is_there:
+            return match
+        at = _next_start(text, at)
+    return None
 
 
 def split_paths(text: str, exists: Callable[[str], bool] = is_file) -> list[str]:
@@ -119,8 +138,7 @@ def _next_start(text: str, at: int) -> int:
     token = _TOKEN.match(text, at)
     if token is None:
         return at + 1
-    inner = re.compile(rf"(?<=[{re.escape(_OPENING)}]).|(?<=[^\x00-\x7f])[\x21-\x7e]", re.S)
-    found = inner.search(text, at + 1, token.end())
+    found = _INNER.search(text, at + 1, token.end())
     return found.start() if found else token.end()
 
 
@@ -157,7 +175,7 @@ def _quoted(text: str, at: int, exists: Callable[[str], bool]) -> _Match | None:
         found = _url(name, exists)
         return _Match(at, stop, name, found.is_there) if found else None
     for path in dict.fromkeys((content, name, unescaped(name))):
-        if exists(path) and (_is_picture(path) or _has_folder(path)):
+        if (_is_picture(path) or _has_folder(path)) and exists(path):
             return _Match(at, stop, path)
     # A quotation that only ends in a picture is words: `"look at a.png"`.
     words = name.split()
@@ -181,7 +199,7 @@ def _plain(text: str, at: int, exists: Callable[[str], bool]) -> _Match | None:
     ends = _ends(word)
     for end in ends:
         for path in dict.fromkeys((unescaped(word[:end]), word[:end])):
-            if exists(path) and (_is_picture(path) or _has_folder(path)):
+            if (_is_picture(path) or _has_folder(path)) and exists(path):
                 return _Match(at, at + end, path)
     grown = _with_spaces(text, at, exists)
     if grown is not None:
@@ -210,7 +228,7 @@ def _with_spaces(text: str, at: int, exists: Callable[[str], bool]) -> _Match | 
     """A name with plain spaces in it that the disk has, from `at` on: the shortest one."""
     if not _begins_name(text, at):
         return None
-    line = text[at:].split("\n", 1)[0]
+    line = text[at : at + _LONGEST_PATH].split("\n", 1)[0]
     tokens = [match.end() for match in _TOKEN.finditer(line)][: _LONGEST_PATH_WORDS + 1]
     if len(tokens) < 2 or not _EXTENSION.search(line[: tokens[-1]]):
         return None
@@ -272,7 +290,8 @@ def _without(text: str, matches: list[_Match]) -> str:
 
 def _joined(left: str, right: str) -> str:
     ends, begins = left.rstrip(" \t"), right.lstrip(" \t")
-    if not begins or begins[0] in ".,;:!?)]}\n" or not ends or ends[-1] in "([{\n":
+    closes = right[:1] in ("'", '"', "”", "’")  # noqa: RUF001
+    if closes or not begins or begins[0] in ".,;:!?)]}\n" or not ends or ends[-1] in "([{\n":
         if ends.endswith("\n") and begins.startswith("\n"):
             begins = begins[1:]
         return ends + begins

@@ -180,10 +180,9 @@ def _set(session: Session, argument: str) -> Outcome:
 
 def _settings(session: Session) -> str:
     rows = listing(session.params, session.model.default_params, session.changes)
-    widths = [max(len(row[i]) for row in rows) for i in range(2)]
+    width = max(len(row[0]) for row in rows)
     return "\n".join(
-        f"{name:<{widths[0]}}  {value:<{widths[1]}}  "
-        + (f"default {default}; {hint}" if value != default else hint)
+        f"{name:<{width}}  {value:<8}  " + (f"({default}) {hint}" if value != default else hint)
         for name, value, default, hint in rows
     )
 

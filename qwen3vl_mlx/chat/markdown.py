@@ -75,7 +75,7 @@ class _Block(Markdown):
 def _parser() -> MarkdownIt:
     """Loses nothing: HTML, TeX's backslashes and what looks like a definition show as written."""
     parser = MarkdownIt("commonmark", {"html": False}).enable(["strikethrough", "table"])
-    return parser.disable(["reference", "escape"])
+    return parser.disable(["reference", "escape", "image"])
 
 
 @dataclass

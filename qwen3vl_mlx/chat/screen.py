@@ -108,7 +108,8 @@ class Terminal:
     def say(self, text: str) -> None:
         """What a command was asked for."""
         if text:
-            self._write(f"{harmless(text)}\n")
+            apart = "\n" if "\n" in text else ""
+            self._write(f"{harmless(text)}\n{apart}")
 
     def error(self, message: str) -> None:
         """In red."""

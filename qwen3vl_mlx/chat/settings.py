@@ -54,25 +54,25 @@ def _most_pixels(text: str) -> int | str:
 _ALL = (
     Setting("max_tokens", int, "end the answer after so many tokens"),
     Setting("temperature", float, "0 is greedy: the same answer each time"),
-    Setting("top_p", float, "draw from the likeliest tokens that have this much together"),
-    Setting("top_k", int, "draw from so many likeliest tokens; 0 is off"),
-    Setting("min_p", float, "drop tokens below this part of the likeliest one"),
+    Setting("top_p", float, "draw from the likeliest tokens with this sum"),
+    Setting("top_k", int, "draw from so many likeliest; 0 is off"),
+    Setting("min_p", float, "drop what is below this part of the likeliest"),
     Setting("repetition_penalty", float, "over prompt and answer; 1 is off"),
     Setting("frequency_penalty", float, "over the answer, by count; 0 is off"),
     Setting("presence_penalty", float, "over the answer, once each; 0 is off"),
     Setting("dry_multiplier", float, "DRY: against repeated phrases (0.8); 0 is off"),
     Setting("dry_base", float, "DRY: how fast its penalty grows"),
     Setting("dry_allowed_length", int, "DRY: tokens that may repeat"),
-    Setting("dry_sequence_breakers", _strings, 'DRY: texts no repeat runs across, ["\\n", ":"]'),
+    Setting("dry_sequence_breakers", _strings, "DRY: texts no repeat runs across"),
     Setting("logit_bias", _biases, "add to tokens' logits: 17=-5 20=1.5"),
     Setting("stop", _strings, 'end before a text: ###, or ["\\n\\n", "###"]'),
     Setting("seed", int, "the same seed, the same answer"),
-    Setting("ignore_eos", _switch, "on: go on to max_tokens, past the answer's end"),
-    Setting("thinking_budget", int, "close a Thinking model's thought after so many tokens"),
-    Setting("loop_guard", _switch, "on: end an answer that repeats itself for ever"),
-    Setting("min_pixels", _pixels, "enlarge the next pictures to at least this"),
-    Setting("max_pixels", _most_pixels, 'shrink the next pictures to at most this, or "full"'),
-    Setting("number_images", _switch, 'on: write "Picture N:" before each picture'),
+    Setting("ignore_eos", _switch, "on: go on to max_tokens"),
+    Setting("thinking_budget", int, "close the thought after so many tokens"),
+    Setting("loop_guard", _switch, "on: end an answer that repeats itself"),
+    Setting("min_pixels", _pixels, "enlarge pictures to at least this, from now on"),
+    Setting("max_pixels", _most_pixels, 'shrink pictures to at most this, or "full"'),
+    Setting("number_images", _switch, 'on: "Picture N:" before each picture'),
 )
 SETTINGS: Mapping[str, Setting] = {setting.name: setting for setting in _ALL}
 PIXELS = ("min_pixels", "max_pixels")
@@ -103,12 +103,11 @@ def read_value(chosen: Setting, text: str) -> Any:
 def check(changes: Mapping[str, Any]) -> None:
     """Raise InputError for values out of their range."""
     from qwen3vl_mlx.engine.sampling import SamplingParams
+    from qwen3vl_mlx.processing.image import MOST_PIXELS, PixelBudget
 
     SamplingParams().updated(sampling_of(changes))
-    for name in PIXELS:
-        value = changes.get(name)
-        if value is not None and value != "full" and (type(value) is not int or value < 1):
-            raise InputError(f"{name} must be a positive whole number of pixels, got {value!r}")
+    least, most = (changes.get(name) for name in PIXELS)
+    PixelBudget(1, MOST_PIXELS).limited(least, None if most == "full" else most)
 
 
 def sampling_of(changes: Mapping[str, Any]) -> dict[str, Any]:

@@ -189,7 +189,7 @@ def _read_picture(folder: Path, part: Mapping[str, Any]) -> Picture:
         data = (folder / name).read_bytes()
     except OSError as error:
         raise InputError(f"{folder / name}, a picture, cannot be read: {error}") from error
-    picture = picture_of(data, _text(part["name"])).picture
+    picture = picture_of(data, _text(part["name"]), str(folder / name)).picture
     if _file_name(picture) != name:
         raise InputError(f"{folder / name} is not the picture that was saved")
     return picture
