@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -301,11 +302,9 @@ def test_save_and_load_with_the_cache(talk: Talk, another: Callable[[], Talk]) -
     assert first in loaded
     assert other.session.transcript() == talk.session.transcript()
     assert other("What shape is purple?") == "star"
-    cached = other.cached
-    assert cached > 40
-    assert talk("/retry")
-    assert talk("What shape is purple?") == "star"
-    assert talk.cached == cached
+    kept = re.search(r"cache of (\d+) tokens", said)
+    assert kept is not None
+    assert other.cached == int(kept[1]) > 40
     assert "saved 2 turns" in other("/save")  # again, where it came from
 
 
