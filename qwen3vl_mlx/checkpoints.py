@@ -20,16 +20,8 @@ from qwen3vl_mlx.hub_cache import CachedRepo, cached_repos
 from qwen3vl_mlx.jsonfiles import read_json
 from qwen3vl_mlx.models.config import MODEL_TYPES, ModelConfig, QuantizationConfig, parse_config
 from qwen3vl_mlx.quant.recipes import MIXED, preset_name
+from qwen3vl_mlx.released import size_of
 
-# By hidden size, layers and experts of the decoder, which no two released sizes share.
-_SIZES = {
-    (2048, 28, 0): "2B",
-    (2560, 36, 0): "4B",
-    (4096, 36, 0): "8B",
-    (5120, 64, 0): "32B",
-    (2048, 48, 128): "30B-A3B",
-    (4096, 94, 128): "235B-A22B",
-}
 _KIND = re.compile(r"(?<![a-z])(instruct|thinking)(?![a-z])", re.IGNORECASE)
 _SIZE = re.compile(r"(?<![a-z0-9])\d+b(-a\d+b)?(?![a-z0-9])", re.IGNORECASE)
 _FAMILY = re.compile(r"qwen3[-_.]?vl", re.IGNORECASE)
@@ -291,9 +283,7 @@ def _last_used(files: Sequence[StoredFile]) -> float | None:
 def _size(about: _About, name: str) -> str:
     """As in the names of Qwen's own releases, by the shape of the decoder."""
     if about.config is not None:
-        text = about.config.text
-        experts = text.moe.num_experts if text.moe else 0
-        return _SIZES.get((text.hidden_size, text.num_hidden_layers, experts), "")
+        return size_of(about.config) or ""
     found = _SIZE.search(name)
     return found[0].upper() if found else ""
 
