@@ -76,8 +76,8 @@ def add_source(parser: argparse.ArgumentParser) -> None:
     """Options that say who answers."""
     group = parser.add_argument_group(
         "who answers",
-        "A server that runs on this machine (`qwen3vl serve --socket`) answers at once. Without "
-        "one, or where it runs another model than the one asked for, the model is loaded.",
+        "a server on this machine (`qwen3vl serve --socket`) answers at once; without one,\n  or "
+        "where it runs another model than the one asked for, the model is loaded",
     )
     group.add_argument(
         "--model",
