@@ -212,15 +212,15 @@ HOSTILE = {
 def test_nonsense_takes_a_time_in_proportion_to_its_length(unit: str) -> None:
     def took(length: int) -> float:
         answer = unit * (length // len(unit))
-        started = time.perf_counter()
+        started = time.process_time()  # others' work does not count
         assert parse_boxes(answer, (10, 10)) == []
         parse_document(answer, "html")
         with suppress(TaskError):
             parse_json(answer)
-        return time.perf_counter() - started
+        return time.process_time() - started
 
     # Sixteen times as long takes sixteen times the time; a quadratic reader would take 256 times.
-    assert took(2**17) < 64 * max(took(2**13), 0.01)
+    assert took(2**17) < 100 * max(took(2**13), 0.02)
 
 
 # ---- JSON
