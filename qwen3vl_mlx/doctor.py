@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from qwen3vl_mlx import cli, doctor_checks
 from qwen3vl_mlx.doctor_checks import Check, MlxState
@@ -132,6 +133,9 @@ def _ask_hub() -> int:
 
     url = f"{constants.ENDPOINT}/api/models/{DEFAULT_MODEL}"
     try:
+        parts = urlsplit(url)
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise HubError("HF_ENDPOINT is no address: give https://HOST")
         return int(get_session().head(url, timeout=_HUB_SEC).status_code)
     except (HTTPError, OSError, ValueError) as error:
         raise HubError(first_line(error)) from error
