@@ -19,6 +19,7 @@ from qwen3vl_mlx.media_decode import HEAD_BYTES, format_of, open_encoded
 if TYPE_CHECKING:
     import PIL.Image
 
+_ROWS = 0x0101  # a TIFF's height as it is stored
 _ORIENTATION, _MAKE, _MODEL = 0x0112, 0x010F, 0x0110
 _EXIF_IFD, _GPS_IFD = 0x8769, 0x8825
 _TAKEN = (0x9003, 0x9004)  # DateTimeOriginal, DateTimeDigitized
@@ -54,7 +55,10 @@ def read_facts(data: bytes) -> Facts:
             (width, height), exif, upright = _open_heif(data)
         else:
             picture = open_encoded(data, "", MAX_SOURCE_PIXELS)
-            (width, height), exif, upright = picture.size, _exif_of(picture), False
+            exif = _exif_of(picture)
+            # Newer Pillows turn the size of a TIFF before its pixels are read.
+            upright = picture.format == "TIFF" and picture.width == _tag(exif, _ROWS)
+            width, height = picture.size
     except (*_MALFORMED, ImageError, ImportError):
         return Facts()
     if not upright and _tag(exif, _ORIENTATION) in (5, 6, 7, 8):

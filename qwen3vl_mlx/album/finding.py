@@ -49,9 +49,10 @@ class Selection:
         """Whether a file, named from its root, is meant."""
         if os.path.basename(file).startswith(".") or self.excluded(file):
             return False
-        if self.globs:
-            return any(_matches(file, pattern) for pattern in self.globs)
-        return file.rpartition(".")[2].lower() in KINDS
+        known = PurePosixPath(file).suffix[1:].lower() in KINDS
+        if not self.globs:
+            return known
+        return any(_matches(file, glob) and (known or _ends(glob)) for glob in self.globs)
 
     def excluded(self, file: str) -> bool:
         """Whether a file or folder, named from its root, is left out."""
@@ -83,6 +84,12 @@ def checked_pattern(option: str, pattern: str, *, recursive: bool) -> str:
     if "/" in plain and not recursive:
         raise InputError(f"{option} {pattern!r} is about folders in folders: add --recursive")
     return plain
+
+
+def _ends(pattern: str) -> bool:
+    """Whether a pattern says how names end; "IMG_*" means pictures, not the texts beside them."""
+    ending = PurePosixPath(pattern).suffix
+    return bool(ending) and not any(sign in ending for sign in "*?[")
 
 
 def _matches(file: str, pattern: str) -> bool:

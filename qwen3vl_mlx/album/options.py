@@ -28,8 +28,9 @@ def add_selection(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="PATTERN",
-        help='such as "IMG_*.heic" or "2024/*"; repeat for several, in any case of letters '
-        "(default: JPEG, PNG, WebP, GIF, BMP, TIFF, AVIF and HEIC by their names' endings)",
+        help='such as "IMG_*", "*.heic" or "2024/*"; repeat for several, in any case of letters '
+        "(default, and for patterns without an ending: names that end as those of JPEG, PNG, WebP, "
+        "GIF, BMP, TIFF, AVIF and HEIC do)",
     )
     group.add_argument(
         "--exclude",

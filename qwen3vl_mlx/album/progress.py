@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from tqdm import tqdm
 
 _FORMAT = (
-    "{desc}{percentage:3.0f}% |{bar}| {n_fmt} of {total_fmt}, {remaining} left, {rate_fmt}{postfix}"
+    "{percentage:3.0f}% |{bar}| {n_fmt} of {total_fmt}, {remaining} left, {rate_noinv_fmt}{postfix}"
 )
 _FIRST_LINE, _LINE_EVERY = 10.0, 60.0  # seconds, where there is no terminal
 _TICK = 1.0

@@ -21,10 +21,6 @@ class Results(Protocol):
 
     name: str  # for people
 
-    @property
-    def others(self) -> int:
-        """Pictures that have answers to other settings."""
-
     def status(self, picture: Picture) -> Status:
         """What is to be done about a picture: nothing where it is "done", "failed" or "kept"."""
 
@@ -39,7 +35,6 @@ class Printed:
     """JSON Lines on stdout, each at once. It remembers this run alone."""
 
     name = "stdout"
-    others = 0
 
     def __init__(self, settings: str):
         self.index = Index(settings)
@@ -72,10 +67,6 @@ class OneFile:
         self.name = path
         self.index = Index(settings)
         self.file = RecordFile(path, form, self.index.add, note, read_only=read_only)
-
-    @property
-    def others(self) -> int:
-        return len(self.index.others)
 
     def status(self, picture: Picture) -> Status:
         return self.index.status(picture)

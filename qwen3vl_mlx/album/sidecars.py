@@ -115,11 +115,6 @@ class Sidecars:
         self._manifests: dict[str, _Manifest] = {}  # by the folder that holds it
         self._nearest: dict[tuple[str, str], str] = {}  # (root, folder): such a folder
 
-    @property
-    def others(self) -> int:
-        entries = (entry for each in self._manifests.values() for entry in each.last.values())
-        return sum(entry.settings != self.settings for entry in entries)
-
     def status(self, picture: Picture) -> Status:
         manifest = self._manifest_of(picture)
         status = manifest.status(picture)

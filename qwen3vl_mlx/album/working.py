@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from qwen3vl_mlx.album.crew import Crew, Ended
-from qwen3vl_mlx.album.describing import Describer, Done, Job, StoppedError, Task
+from qwen3vl_mlx.album.describing import Describer, Done, Job, Task
 from qwen3vl_mlx.album.progress import Progress
 from qwen3vl_mlx.album.results import Results
 from qwen3vl_mlx.answering import Answerer
@@ -124,6 +124,3 @@ def work_off(work: Work, jobs: Iterator[Job], wait: float = 0.2) -> None:
             if ended is not None:
                 work.keep(ended)
             work.progress.tick()
-
-
-__all__ = ["Doubts", "PicturesFailedError", "StoppedError", "Work", "work_off"]
