@@ -17,15 +17,17 @@ if TYPE_CHECKING:
     from qwen3vl_mlx.checkpoints import LocalCheckpoint
 
 _EPILOG = """\
-A NAME is a Hub id such as mlx-community/Qwen3-VL-4B-Instruct-4bit, the folder of a checkpoint, or
-"demo". Checkpoints of the Hub are kept in its cache ($HF_HUB_CACHE, by default
-~/.cache/huggingface/hub), which other programs use too.
+A NAME is a Hub id such as mlx-community/Qwen3-VL-4B-Instruct-4bit, a folder
+that holds a checkpoint, or "demo". Checkpoints of the Hub are kept in its cache
+($HF_HUB_CACHE, by default ~/.cache/huggingface/hub), which other programs use
+too.
 """
 _REMOVE = """\
-What qwen3vl itself downloaded is removed after a question, which --yes answers. For all else, what
-another program put into the Hub's cache or a folder of yours, the name is to be typed, or
---yes-not-mine given. Files that another revision shares stay, links are not followed, and of a
-folder only a checkpoint's own files go.
+What qwen3vl itself downloaded is removed after a question, which --yes answers.
+For all else (what another program put into the Hub's cache, a folder of yours)
+its name is to be typed, or --yes-not-mine given. Files that another revision
+shares stay, links are not followed, and of a folder only a checkpoint's own
+files go.
 """
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from types import FrameType
 
 from qwen3vl_mlx import cli, hub
-from qwen3vl_mlx.errors import InputError, OutputError
+from qwen3vl_mlx.errors import ConfigError, InputError, OutputError
 from qwen3vl_mlx.hub_cache import cache_folder, cached_repo
 from qwen3vl_mlx.models.config import read_config
 
@@ -31,7 +31,10 @@ def download(name: str, revision: str | None = None) -> Path:
     if hub.local_folder(name, revision) is not None:
         place = "comes with this package" if name == "demo" else "is a folder on this machine"
         raise InputError(f"{name} {place}: there is nothing to download; give a Hub id, OWNER/NAME")
-    read_config(hub.config_folder(name, revision))
+    try:
+        read_config(hub.config_folder(name, revision))
+    except ConfigError as error:
+        raise ConfigError(f"{name} is not downloaded: {error}") from error
     folder = hub.cached_snapshot(name, revision)
     if folder is not None:
         print(f"{name} is on this machine already", file=sys.stderr)

@@ -204,7 +204,9 @@ def test_a_disk_too_small_is_refused_with_numbers(
     assert run("download", REPO).status == 0
 
 
-def test_what_is_here_needs_no_room(server: StandIn, run: Callable[..., Any]) -> None:
+def test_what_is_here_needs_no_room(
+    server: StandIn, run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     served(server)
     server.fails[f"GET .*{SHARDS[1]}"] = 500
     failed = run("download", REPO)
@@ -212,6 +214,8 @@ def test_what_is_here_needs_no_room(server: StandIn, run: Callable[..., Any]) ->
     assert "the Hub cannot be reached" in failed.err
     server.fails.clear()
     server.asked.clear()
+    room = SimpleNamespace(free=270_000_000)  # for half of it, and what a disk keeps free
+    monkeypatch.setattr("shutil.disk_usage", lambda folder: room)
     done = run("download", REPO)
     assert done.status == 0
     assert re.search(r"2\.01 MB in \d+ files, 1\.\d\d MB of it here already", done.err)
@@ -474,6 +478,8 @@ def test_a_mixture_is_not_ours(cache: Cache, run: Callable[..., Any]) -> None:
     assert run("remove", REPO, "--revision", "v2", "--yes").status == 2
     assert run("remove", REPO, "--revision", "main", "--yes").status == 0
     assert [each.folder for each in local_checkpoints() if each.name == REPO] == [theirs]
+    cache.add(REPO, qwen())  # again, and not by us
+    assert run("remove", REPO, "--revision", "main", "--yes").status == 2
     assert run("remove", REPO, "--yes-not-mine").status == 0
     assert not cache.repo(REPO).exists()
 
@@ -491,16 +497,16 @@ def test_shared_files_stay(cache: Cache, run: Callable[..., Any]) -> None:
     files = qwen(shards=2, weights=b"w" * 10**6)
     kept = cache.add(REPO, files)
     extra = b"x" * 500_000
-    gone = cache.add(REPO, {**files, SHARDS[1]: extra}, refs=("v2",))
-    arriving = cache.repo(REPO) / "blobs" / "abc.incomplete"
-    arriving.write_bytes(b"part")
+    newer = {**files, SHARDS[1]: extra}
+    parts = {"abc": 700_000}  # of a file that either may need
+    gone = cache.add(REPO, newer, refs=("v2",), missing=("tokenizer.json",), parts=parts)
     whole = {path.name: path.read_bytes() for path in kept.iterdir()}
     done = run("remove", REPO, "--revision", gone.name[:10], "--yes-not-mine")
     assert (done.status, done.out) == (0, "freed 0.50 MB\n")
     assert "1.01 MB that other revisions share" in done.err
     assert {path.name: path.read_bytes() for path in kept.iterdir()} == whole
     assert not gone.exists()
-    assert arriving.exists()
+    assert (cache.repo(REPO) / "blobs" / "abc.incomplete").exists()
     assert not any(path.read_bytes() == extra for path in (cache.repo(REPO) / "blobs").iterdir())
     (left,) = (each for each in local_checkpoints() if each.name == REPO)
     assert left.complete
