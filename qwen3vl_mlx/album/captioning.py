@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from qwen3vl_mlx.album.describing import Job, Task, read_picture
 from qwen3vl_mlx.album.facts import read_facts
 from qwen3vl_mlx.album.finding import Picture, find
-from qwen3vl_mlx.album.options import selection_of, task_of
+from qwen3vl_mlx.album.options import selection_of, silence_pillow, task_of
 from qwen3vl_mlx.album.progress import Progress
 from qwen3vl_mlx.album.records import Status
 from qwen3vl_mlx.album.results import Results, open_results
@@ -31,6 +31,7 @@ class Plan:
 
 def caption(args: argparse.Namespace) -> None:
     """Describe pictures as `args` say. Raises Qwen3VLError, PicturesFailedError at the end."""
+    silence_pillow()
     if args.limit is not None and args.limit < 1:
         raise InputError(f"--limit must be at least 1, got {args.limit}")
     selection, task = selection_of(args), task_of(args, counting=True)
@@ -52,7 +53,7 @@ def caption(args: argparse.Namespace) -> None:
     finally:
         results.close()
     earlier = 0 if args.force or args.retry_failed else plan.counts["failed"]
-    conclude(failed, earlier, len(closed), results)
+    conclude(failed, earlier, len(closed))
 
 
 def make_plan(pictures: Sequence[Picture], results: Results, args: argparse.Namespace) -> Plan:
@@ -135,7 +136,7 @@ def _jobs(plan: Plan) -> Iterator[Job]:
     return (job for job, _ in plan.jobs)
 
 
-def conclude(failed: int, earlier: int, closed: int, results: Results) -> None:
+def conclude(failed: int, earlier: int, closed: int) -> None:
     """Raise PicturesFailedError where a picture has no answer."""
     faults = []
     if failed:

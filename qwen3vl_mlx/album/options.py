@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -133,6 +134,11 @@ def task_of(args: argparse.Namespace, *, counting: bool) -> Task:
     asked = {"prompt": text, "system": system, "schema": schema, **pixels}
     settings = _fingerprint(asked | sampling | _model(args))
     return Task(template, settings, system, schema, sampling, pixels, args.timeout)
+
+
+def silence_pillow() -> None:
+    """Keep Pillow's remarks on odd EXIF out of the terminal, before threads read pictures."""
+    warnings.filterwarnings("ignore", module=r"PIL\.")
 
 
 def _text(option: str, given: str | None, default: str) -> str:

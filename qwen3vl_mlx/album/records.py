@@ -128,9 +128,10 @@ class Entry:
 
     def status(self, path: str, stamp: Stamp | None) -> Status:
         """Whether it is about the file as it is; where only the time differs, content decides."""
-        if stamp is None or str(stamp.size) != self.size:
+        size, modified = (str(stamp.size), stamp.modified) if stamp is not None else ("", "")
+        if size != self.size:
             return "changed"
-        if stamp.modified != self.modified and digest_at(path) != self.sha256:
+        if modified != self.modified and not (self.sha256 and digest_at(path) == self.sha256):
             return "changed"
         return "failed" if self.failed else "done"
 
@@ -140,7 +141,7 @@ def entry_of(record: Mapping[str, Any]) -> Entry:
     return Entry(
         plain_name(record["file"]),
         record["settings"],
-        str(record.get("size") or ""),
+        str(record.get("size", "")),
         record.get("modified") or "",
         record.get("sha256") or "",
         bool(record.get("error")),

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 from qwen3vl_mlx.album.finding import Picture
 from qwen3vl_mlx.album.formats import CsvRows, JsonLines
-from qwen3vl_mlx.album.recordfile import Format, RecordFile
+from qwen3vl_mlx.album.recordfile import Format, RecordFile, told_errno
 from qwen3vl_mlx.album.records import Index, Record, Status
 from qwen3vl_mlx.album.sidecars import Sidecars
 from qwen3vl_mlx.errors import InputError
@@ -43,8 +43,13 @@ class Printed:
         return self.index.status(picture)
 
     def add(self, record: Record) -> str | None:
-        sys.stdout.buffer.write(JsonLines().encode(record))
-        sys.stdout.buffer.flush()
+        try:
+            sys.stdout.buffer.write(JsonLines().encode(record))
+            sys.stdout.buffer.flush()
+        except BrokenPipeError:
+            raise
+        except OSError as error:
+            raise told_errno(error, self.name) from error
         self.index.add(record.to_dict())
         return None
 

@@ -15,7 +15,7 @@ from qwen3vl_mlx.album.arrivals import Arrivals
 from qwen3vl_mlx.album.crew import Ended
 from qwen3vl_mlx.album.describing import DamagedError, Done, Job
 from qwen3vl_mlx.album.finding import Selection, checked_root, starts
-from qwen3vl_mlx.album.options import selection_of, task_of
+from qwen3vl_mlx.album.options import selection_of, silence_pillow, task_of
 from qwen3vl_mlx.album.progress import Progress
 from qwen3vl_mlx.album.records import Stamp
 from qwen3vl_mlx.album.results import Results, open_results
@@ -29,6 +29,7 @@ _DEBOUNCE_MS, _STEP_MS, _TICK_MS = 100, 50, 200
 
 def watch(args: argparse.Namespace) -> None:
     """Describe new pictures until Ctrl-C or SIGTERM. Raises Qwen3VLError."""
+    silence_pillow()
     for option, value in (("--settle", args.settle), ("--patience", args.patience)):
         if not 0 <= value < math.inf:
             raise InputError(f"{option} must be a number of seconds, got {value}")

@@ -25,9 +25,9 @@ class PicturesFailedError(Qwen3VLError):
 class Doubts:
     """Failures that may be nobody's fault but the settings' or the machine's.
 
-    They are held back. An answer clears them; three in a row are taken for what every picture
-    would meet, and the last is raised. Refusals of input count only before the first answer, and
-    only where they say the same.
+    They are held back. An answer clears them; three that say the same are taken for what every
+    picture would meet, and the last is raised. Refusals of input count only before the first
+    answer.
     """
 
     def __init__(self) -> None:
@@ -38,8 +38,9 @@ class Doubts:
         """What is certain now."""
         if done.record.outcome != "error":
             self.answered = True
+            return [*self.release(), done]
         if done.doubt is None or (isinstance(done.doubt, InputError) and self.answered):
-            return [*(self.release() if self.answered else []), done]
+            return [done]
         certain = []
         if self.held and str(self.held[-1].doubt) != str(done.doubt):
             certain = self.release()
