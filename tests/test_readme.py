@@ -14,7 +14,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-DETAILS = [ROOT / "qwen3vl_mlx" / part / "README.md" for part in ("album", "quant", "server")]
+DETAILS = [ROOT / "qwen3vl_mlx" / part / "README.md" for part in ("album", "engine", "quant", "server")]
 BLOCK = re.compile(r"(?:<!-- needs: (\w+) -->\n)?```(sh|python)\n(.*?)```", re.DOTALL)
 BLOCKS = [
     block
@@ -96,6 +96,31 @@ def test_the_server_answers_curl_as_written(line: str, server: str, place: Path)
     done = run(["bash", "-c", line], place)
     assert done.returncode == 0, done.stderr + done.stdout
     assert done.stdout.strip()
+
+
+def test_the_page_comes_up_as_written(place: Path) -> None:
+    pytest.importorskip("gradio")
+    (_, start) = shell_lines("app")
+    words = [word for word in start.split()[1:] if word != "--open"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
+    with subprocess.Popen(
+        [sys.executable, *words, "--port", "0"],
+        cwd=place,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    ) as process:
+        assert process.stdout is not None
+        said = ""
+        while not (found := re.search(r"http://127\.0\.0\.1:\d+", said)):
+            line = process.stdout.readline()
+            assert line, said
+            said += line
+        page = run(["curl", "-s", "--fail", found[0]], place).stdout
+        process.terminate()
+        process.communicate(timeout=60)
+    assert "Qwen3-VL" in page
 
 
 @pytest.mark.parametrize("text", python_blocks("server"))
