@@ -273,7 +273,7 @@ def test_a_stopped_retry_that_said_nothing_keeps_the_answer(talk: Talk) -> None:
 
 def test_a_stopped_answer_is_kept_and_the_next_question_works(talk: Talk) -> None:
     talk.ear.stop_after = 4
-    assert handle(f"{QUESTION} {SCENE}", talk.session, talk.ear) is False
+    assert handle(f"{QUESTION} {SCENE}", talk.session, talk.ear) == "done"
     talk.ear.stop_after = None
     turn = talk.session.transcript().turns[0]
     assert turn.answer
@@ -478,8 +478,8 @@ def test_help_names_every_command(talk: Talk) -> None:
     assert all(f"/{command.name}" in shown for command in COMMANDS)
     assert "/save NAME" in talk("/help save")
     assert max(map(len, shown.splitlines())) <= 100
-    assert handle("/quit", talk.session, talk.ear) is True
-    assert handle("\\exit", talk.session, talk.ear) is True
+    assert handle("/quit", talk.session, talk.ear) == "leave"
+    assert handle("\\exit", talk.session, talk.ear) == "leave"
 
 
 @pytest.mark.parametrize(

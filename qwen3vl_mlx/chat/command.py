@@ -17,6 +17,7 @@ from qwen3vl_mlx.chat.places import history_file
 from qwen3vl_mlx.chat.screen import Piped, Terminal
 from qwen3vl_mlx.chat.session import Session
 from qwen3vl_mlx.chat.settings import check
+from qwen3vl_mlx.chat.stopping import own_terminal
 from qwen3vl_mlx.chat.store import folder_of, read_conversation
 from qwen3vl_mlx.question_options import (
     add_bounds,
@@ -152,8 +153,9 @@ def _talk(session: Session, args: argparse.Namespace) -> None:
     screen = Terminal(plain=plain, previews=not args.no_preview)
     session.meanwhile = lambda: screen.loading(session.loader.choice.name, session.loader.seconds)
     history = None if args.no_history else history_file()
-    console = Console(session, screen.say, history, plain)
+    console = Console(session, history, plain)
     if session.saved_at is not None:
         screen.say(last_words(session))
     screen.pictures(session.waiting)
-    converse(session, screen, console, debug=args.debug)
+    with own_terminal():
+        converse(session, screen, console, debug=args.debug)

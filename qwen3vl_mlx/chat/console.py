@@ -27,6 +27,7 @@ TWICE_SEC = 2.0  # between the two Ctrl-C that leave
 _REFRESH_SEC = 0.5
 _STYLE = Style.from_dict({"mark": "ansicyan bold", "quiet": "ansibrightblack", "placeholder": ""})
 _HINT = "ask something, with paths of pictures in it; /help"
+_LEAVING = "Ctrl-C again leaves"
 
 
 class ModelFailedError(Exception):
@@ -34,15 +35,12 @@ class ModelFailedError(Exception):
 
 
 class Console:
-    """Reads what is typed. say: shows a line. plain: no colours."""
+    """Reads what is typed. plain: no colours."""
 
-    def __init__(
-        self, session: Session, say: Callable[[str], None], history: Path | None, plain: bool
-    ):
+    def __init__(self, session: Session, history: Path | None, plain: bool):
         self.session = session
-        self.say = say
         self._hint = _HINT
-        self._pressed_at = float("-inf")  # when Ctrl-C was, on an empty prompt
+        self._pressed_at = float("-inf")  # when Ctrl-C was, last
         kept: History = InMemoryHistory() if history is None else FileHistory(history)
         self._prompt: PromptSession[str] = PromptSession(
             self._message,
@@ -51,7 +49,7 @@ class Console:
             history=kept,
             completer=ThreadedCompleter(_Completions()),
             complete_while_typing=Condition(self._names_a_command),
-            key_bindings=_keys(),
+            key_bindings=_keys(self._interrupted),
             style=_STYLE,
             rprompt=self._progress,
             placeholder=lambda: [("class:quiet", self._hint)],
@@ -66,33 +64,40 @@ class Console:
         Raises KeyboardInterrupt for Ctrl-C while the model is loading, ModelFailedError.
         """
         while True:
+            # Only while something moves: an idle prompt must not keep the machine awake.
+            self._prompt.refresh_interval = 0 if self.session.loader.done else _REFRESH_SEC
             try:
-                # Only while something moves: an idle prompt must not keep the machine awake.
-                self._prompt.refresh_interval = 0 if self.session.loader.done else _REFRESH_SEC
                 line = self._prompt.prompt(default=text, pre_run=self._watch)
             except EOFError:
                 return None
-            except KeyboardInterrupt:
-                typed = bool(self._prompt.default_buffer.text.strip())
-                text = ""
-                if self._leaves(typed):
+            except KeyboardInterrupt:  # a signal, or a key between two prompts
+                if not self.session.loader.done:
+                    raise
+                if self._pressed_again():
                     return None
+                text, self._hint = "", _LEAVING
                 continue
-            self._pressed_at = float("-inf")
+            self._hint, self._pressed_at = "", float("-inf")
             if line.strip() or self.session.waiting:
-                self._hint = ""
                 return line
             text = ""
 
-    def _leaves(self, typed: bool) -> bool:
-        """Whether this Ctrl-C is the second one. With something typed it drops just that."""
-        if not self.session.loader.done and not typed:
-            raise KeyboardInterrupt
+    def _interrupted(self, event: KeyPressEvent) -> None:
+        """Ctrl-C drops what is typed; the second one leaves, as does the first while loading."""
+        buffer = event.current_buffer
+        if buffer.text:
+            self._pressed_again()
+            buffer.reset()
+        elif not self.session.loader.done:
+            event.app.exit(exception=KeyboardInterrupt())
+        elif self._pressed_again():
+            event.app.exit(exception=EOFError())
+        self._hint = _LEAVING
+
+    def _pressed_again(self) -> bool:
         now = time.monotonic()
         again = now - self._pressed_at < TWICE_SEC
         self._pressed_at = now
-        if not again and not typed:
-            self.say("Ctrl-C again leaves, as does Ctrl-D")
         return again
 
     def _watch(self) -> None:
@@ -144,8 +149,9 @@ class _Completions(Completer):
             )
 
 
-def _keys() -> KeyBindings:
+def _keys(interrupted: Callable[[KeyPressEvent], None]) -> KeyBindings:
     keys = KeyBindings()
+    keys.add("c-c")(interrupted)
 
     @keys.add("enter")
     def _(event: KeyPressEvent) -> None:
@@ -167,7 +173,7 @@ def _keys() -> KeyBindings:
         """A new line."""
         event.current_buffer.insert_text("\n")
 
-    @keys.add("c-d", filter=Condition(lambda: True))
+    @keys.add("c-d")
     def _(event: KeyPressEvent) -> None:
         """Leave, unless something is typed."""
         buffer = event.current_buffer

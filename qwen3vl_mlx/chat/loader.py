@@ -57,13 +57,13 @@ class Loader:
         self.on_failure = on_failure
         self._model: Qwen3VL | None = None
         self._error: BaseException | None = None
-        self._thread = threading.Thread(target=self._load, name="chat-loader", daemon=True)
-        self._thread.start()
+        self._ended = threading.Event()  # Ctrl-C while a thread is joined makes it look ended
+        threading.Thread(target=self._load, name="chat-loader", daemon=True).start()
 
     @property
     def done(self) -> bool:
         """Whether it has ended, well or not."""
-        return not self._thread.is_alive()
+        return self._ended.is_set()
 
     @property
     def failed(self) -> bool:
@@ -77,8 +77,7 @@ class Loader:
 
     def result(self, meanwhile: Callable[[], None] = lambda: None) -> Qwen3VL:
         """Wait for the model, calling `meanwhile` about ten times a second. Raises what failed."""
-        while self._thread.is_alive():
-            self._thread.join(_LOOK_SEC)
+        while not self._ended.wait(_LOOK_SEC):
             meanwhile()
         if self._error is not None:
             raise self._error
@@ -96,7 +95,9 @@ class Loader:
             self._model = self.choice.load(progress=False)
         except BaseException as error:  # noqa: BLE001
             self._error = error
-            self.on_failure()
         finally:
             mx.synchronize()
             mx.clear_streams()  # left to the interpreter's end, this thread's would abort it
+            self._ended.set()
+        if self._error is not None:
+            self.on_failure()

@@ -14,7 +14,7 @@ from qwen3vl_mlx.chat.pictures import Attached
 from qwen3vl_mlx.chat.plain import PlainView, View, dim, harmless
 from qwen3vl_mlx.chat.session import Session
 from qwen3vl_mlx.chat.statistics import turn_line
-from qwen3vl_mlx.chat.stopping import Stoppable, no_echo
+from qwen3vl_mlx.chat.stopping import Stoppable
 
 if TYPE_CHECKING:
     from qwen3vl_mlx.engine.output import Chunk
@@ -145,16 +145,15 @@ class Terminal:
         last: Chunk | None = None
         self._write("\n")
         view.begin()
-        with no_echo():
-            try:
-                for chunk in running:
-                    if chunk.reasoning:
-                        view.think(chunk.reasoning)
-                    if chunk.text:
-                        view.push(chunk.text)
-                    last = chunk
-            finally:
-                view.end()
+        try:
+            for chunk in running:
+                if chunk.reasoning:
+                    view.think(chunk.reasoning)
+                if chunk.text:
+                    view.push(chunk.text)
+                last = chunk
+        finally:
+            view.end()
         if running.stopped:
             self._note("stopped")
         elif last is not None and last.usage is not None:

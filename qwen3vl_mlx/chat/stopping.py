@@ -55,18 +55,36 @@ class Stoppable:
 
 
 @contextmanager
-def no_echo() -> Iterator[None]:
-    """What is typed meanwhile is not shown, and waits for the next prompt."""
-    try:
-        descriptor = sys.stdin.fileno()
-        before = termios.tcgetattr(descriptor)
-    except (OSError, ValueError, termios.error):  # no terminal
-        yield
-        return
-    quiet = list(before)
-    quiet[3] &= ~termios.ECHO
-    termios.tcsetattr(descriptor, termios.TCSADRAIN, quiet)
+def own_terminal() -> Iterator[None]:
+    """Keys pressed while no prompt is open are not shown, and wait for the next one, Ctrl-C too."""
+    descriptor = sys.stdin.fileno()
+    before, handler = termios.tcgetattr(descriptor), signal.getsignal(signal.SIGINT)
+    ours = list(before)
+    ours[0] &= ~termios.ICRNL  # Enter stays Enter
+    ours[3] &= ~(termios.ECHO | termios.ICANON | termios.ISIG)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    termios.tcsetattr(descriptor, termios.TCSADRAIN, ours)
     try:
         yield
     finally:
         termios.tcsetattr(descriptor, termios.TCSADRAIN, before)
+        signal.signal(signal.SIGINT, handler)
+
+
+@contextmanager
+def interruptible() -> Iterator[None]:
+    """Within `own_terminal`: here Ctrl-C acts at once, as KeyboardInterrupt."""
+    _let_signals(True)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        _let_signals(False)
+
+
+def _let_signals(wanted: bool) -> None:
+    descriptor = sys.stdin.fileno()
+    now = termios.tcgetattr(descriptor)
+    now[3] = now[3] | termios.ISIG if wanted else now[3] & ~termios.ISIG
+    termios.tcsetattr(descriptor, termios.TCSADRAIN, now)
