@@ -210,7 +210,7 @@ def test_settings(talk: Talk) -> None:
     assert talk.session.params == talk.session.model.default_params
     listed = talk("/set").splitlines()
     assert [line.split()[0] for line in listed] == list(SETTINGS)
-    assert all(len(line) < 90 for line in listed)
+    assert all(len(line) < 80 for line in listed)
 
 
 def test_settings_reach_the_model(talk: Talk) -> None:
@@ -477,7 +477,7 @@ def test_help_names_every_command(talk: Talk) -> None:
     shown = talk("\\help")
     assert all(f"/{command.name}" in shown for command in COMMANDS)
     assert "/save NAME" in talk("/help save")
-    assert max(map(len, shown.splitlines())) <= 100
+    assert max(map(len, shown.splitlines())) <= 80
     assert handle("/quit", talk.session, talk.ear) == "leave"
     assert handle("\\exit", talk.session, talk.ear) == "leave"
 

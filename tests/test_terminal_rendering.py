@@ -213,8 +213,8 @@ def test_a_thought_is_dimmed_and_stands_apart() -> None:
     view.think("I look.")
     view.push("A star.")
     view.end()
-    assert "\x1b[2mI look.\x1b[0m\n\n" in out.getvalue()
-    assert out.getvalue().index("I look.") < out.getvalue().index("A star.")
+    assert "\x1b[2mI look.\x1b[0m" in out.getvalue()
+    assert plain(out.getvalue().split("\n"))[-4:-1] == ["I look.", "", "A star."]
     simple = io.StringIO()
     other = PlainView(simple)
     other.think("I ")
@@ -222,6 +222,23 @@ def test_a_thought_is_dimmed_and_stands_apart() -> None:
     other.push("A star.")
     other.end()
     assert simple.getvalue() == "Thought: I look.\n\nA star.\n"
+
+
+@pytest.mark.parametrize("size", [1, 5, 1000])
+@pytest.mark.parametrize("rows", [4, 30])
+def test_a_thought_is_wrapped_between_words(size: int, rows: int) -> None:
+    thought = "I see " + "shapes and " * 30 + "\n\nSo it is.\n  - a star"
+    glass = Glass(40, rows)
+    view = MarkdownView(Pipe(glass), size=lambda: (40, rows))
+    for piece in cut(thought, size):
+        view.think(piece)
+    view.push("A star.")
+    view.end()
+    assert glass.text[-3:] == ["", "A star.", ""]
+    said = glass.text[:-3]
+    assert "\n".join(said).split() == thought.split()
+    assert said[-3:] == ["", "So it is.", "  - a star"]
+    assert max(map(len, said)) <= 40
 
 
 def test_a_model_cannot_steer_the_terminal() -> None:

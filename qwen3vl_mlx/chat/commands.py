@@ -227,10 +227,11 @@ def _tokens(session: Session, argument: str) -> Outcome:
 
 
 _KEYS = """\
-Pictures are named in the question: paths as you type or drag them, and URLs that end in .jpg, .png
-  what is on photo.png?      compare "my trip/a.HEIC" and https://example.com/b.jpg
-New line: Esc Enter, Alt-Enter, or a backslash before Enter. Tab completes, arrows recall.
-Ctrl-C stops an answer; twice at the prompt, or Ctrl-D, leaves. \\help is /help."""
+Pictures are named in the question: paths, typed or dragged, and pictures' URLs.
+  what is on photo.png?    compare "my trip/a.HEIC" and https://e.org/b.jpg
+/set NAME default undoes a setting. \\help is /help, and so for all commands.
+New line: Esc Enter, Alt-Enter, or a backslash before Enter. Tab completes and
+arrows recall. Ctrl-C stops an answer; twice at the prompt, or Ctrl-D, leaves."""
 
 
 def _help(session: Session, argument: str) -> Outcome:
@@ -255,11 +256,11 @@ COMMANDS = (
     Command(
         "save",
         "NAME",
-        "keep the conversation and its cache; -f replaces, --no-cache is small",
+        "keep it with its cache; -f replaces, --no-cache is smaller",
         _save,
     ),
     Command("load", "NAME", "go on with a saved one; alone lists them", _load),
-    Command("set", "NAME VALUE", "change a setting; VALUE default undoes it; alone lists", _set),
+    Command("set", "NAME VALUE", "change a setting; alone lists them with their defaults", _set),
     Command("temperature", "T", "short for /set temperature", _shortcut("temperature")),
     Command("topk", "K", "short for /set top_k", _shortcut("top_k")),
     Command("topp", "P", "short for /set top_p", _shortcut("top_p")),

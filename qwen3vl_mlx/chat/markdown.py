@@ -132,5 +132,11 @@ def render(text: str, width: int, color: bool = True) -> list[str]:
     return lines
 
 
+def wrapped(line: str, width: int) -> list[str]:
+    """One line of plain text as lines of at most `width` cells, broken between words."""
+    lines = Text(line).wrap(Console(width=max(width, 1)), max(width, 1), tab_size=4)
+    return [piece.plain.rstrip(" ") for piece in lines] or [""]
+
+
 def _seen(line: str) -> bool:
     return bool(Text.from_ansi(line).plain.strip())

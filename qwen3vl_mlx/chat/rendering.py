@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable
 from typing import TextIO
 
-from qwen3vl_mlx.chat.markdown import Blocks, render
+from qwen3vl_mlx.chat.markdown import Blocks, render, wrapped
 from qwen3vl_mlx.chat.plain import dim, harmless
 
 _REDRAW_SEC = 0.06
@@ -67,6 +67,7 @@ class MarkdownView:
         self.any = False  # a block was finished
         self.due = 0.0
         self.thinking = False
+        self.thought = ""  # its last line, as far as it goes
 
     def begin(self) -> None:
         """Before the first piece."""
@@ -75,16 +76,28 @@ class MarkdownView:
     def think(self, text: str) -> None:
         """A piece of the thought."""
         self.thinking = True
-        self.out.write(dim(harmless(text)))
-        self.out.flush()
+        self._check_size()
+        *ended, self.thought = (self.thought + harmless(text)).split("\n")
+        for line in ended:
+            self._think(wrapped(line, self.width))
+        lines = wrapped(self.thought, self.width)
+        if len(lines) > 1:  # all but the last stay as they are, whatever follows
+            self._think(lines[:-1])
+            self.thought = lines[-1] + " " * self.thought.endswith(" ")
+        self.region.draw([dim(line) for line in lines[-1:]])
+
+    def _think(self, lines: list[str]) -> None:
+        self.region.draw([dim(line) for line in lines])
+        self.region.leave()
 
     def push(self, text: str) -> None:
         """A piece of the answer."""
         if self.thinking:
             self.thinking = False
-            self.out.write("\n\n")
+            self.region.leave()
+            self.out.write("\n")
         finished = self.blocks.push(harmless(text))
-        self._check_width()
+        self._check_size()
         for block in finished:
             self._finish(block)
         if self.clock() >= self.due or finished:
@@ -92,16 +105,14 @@ class MarkdownView:
 
     def end(self) -> None:
         """After the last piece, or where it was cut off: all is written."""
-        if self.thinking:
-            self.out.write("\n")
-        self._check_width()
+        self._check_size()
         rest = self.blocks.flush()
         if rest.strip():
             self._finish(rest)
         self.out.write(_SHOW)
         self.out.flush()
 
-    def _check_width(self) -> None:
+    def _check_size(self) -> None:
         """A terminal that was resized has moved what stood there: the block begins anew below."""
         width, rows = self.size()
         if width != self.width or len(self.region.lines) >= rows:

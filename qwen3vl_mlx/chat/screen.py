@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import sys
+import textwrap
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Protocol
 
@@ -109,11 +110,11 @@ class Terminal:
         """What a command was asked for."""
         if text:
             apart = "\n" if "\n" in text else ""
-            self._write(f"{harmless(text)}\n{apart}")
+            self._write(f"{_folded(text)}\n{apart}")
 
     def error(self, message: str) -> None:
         """In red."""
-        message = harmless(message)
+        message = _folded(message)
         self._write(f"{message}\n" if self.plain else f"\x1b[31m{message}\x1b[0m\n")
 
     def working(self, text: str) -> None:
@@ -165,7 +166,7 @@ class Terminal:
         return running.stopped
 
     def _note(self, text: str) -> None:
-        text = harmless(text)
+        text = _folded(text)
         self._write(f"{text}\n" if self.plain else f"{dim(text)}\n")
 
     def _write(self, text: str) -> None:
@@ -180,6 +181,15 @@ def _markdown_view() -> View:
     from qwen3vl_mlx.chat.rendering import MarkdownView  # rich, for those who see it
 
     return MarkdownView(sys.stdout)
+
+
+def _folded(text: str) -> str:
+    """Harmless text, its long lines broken between words."""
+    columns = shutil.get_terminal_size()[0]
+    lines = []
+    for line in harmless(text).split("\n"):
+        lines += textwrap.wrap(line, columns, break_long_words=False) or [""]
+    return "\n".join(lines)
 
 
 def notes(last: Chunk) -> list[str]:
