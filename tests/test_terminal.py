@@ -61,7 +61,7 @@ class Person:
 
     def sees_answer(self) -> str:
         """Wait for the numbers below an answer; returns answer and numbers."""
-        before = self.sees("tokens/s")
+        before = self.sees(" first after ")
         return before + self.sees("\n")
 
     def leaves(self) -> int:
@@ -162,7 +162,7 @@ def test_pasted_and_mistaken(sit: Callable[..., Person], tmp_path: Path) -> None
     person.says("")
     answer = person.sees_answer()
     assert TRUTH in answer
-    assert answer.count("tokens/s") == 1  # one message, its two lines together
+    assert answer.count("first after") == 1  # one message, its two lines together
     person.says("What shape is purple? nope.png")
     person.sees("no such file: nope.png")
     person.sees("nope.png")  # it stands there to be mended
@@ -204,6 +204,34 @@ def test_leaving_while_the_model_loads(sit: Callable[..., Person]) -> None:
     assert person.leaves() == 130
     person = sit("-c", slow(600))
     person.sees("> ")
+    person.types("\x04")
+    assert person.leaves() == 0
+
+
+def test_ctrl_c_while_another_model_loads_goes_on_with_the_old_one(
+    sit: Callable[..., Person],
+) -> None:
+    script = (
+        "import sys, time; from qwen3vl_mlx.chat import command, loader; "
+        "load = loader.ModelChoice.load; "
+        "loader.ModelChoice.load = lambda self, **options: "
+        "time.sleep(600) if self.quantize else load(self, **options); "
+        "sys.exit(command.main(['--model', 'demo', '--temperature', '0']))"
+    )
+    person = sit("-c", script)
+    person.sees("> ")
+    person.says(f"{QUESTION} {SCENE}")
+    person.sees_answer()
+    person.says("/model demo 4bit")
+    person.sees("loading demo 4bit")
+    person.types("\x03")
+    person.sees("stopped")
+    person.sees("/model")  # stands there again
+    person.types("\x03")
+    person.says("What shape is purple?")
+    assert "star" in person.sees_answer()
+    person.types("\x12shape\r\r")  # found in the history, and asked again
+    assert "star" in person.sees_answer()
     person.types("\x04")
     assert person.leaves() == 0
 

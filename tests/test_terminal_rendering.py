@@ -14,6 +14,8 @@ from rich.text import Text
 from qwen3vl_mlx.chat.markdown import Blocks, render
 from qwen3vl_mlx.chat.plain import PlainView, harmless
 from qwen3vl_mlx.chat.rendering import MarkdownView
+from qwen3vl_mlx.chat.screen import Terminal
+from qwen3vl_mlx.engine.output import Chunk, FinishReason, make_usage
 
 ANSWER = """# What I see
 
@@ -252,3 +254,46 @@ def test_a_model_cannot_steer_the_terminal() -> None:
         view.end()
         assert "\x1b]0" not in out.getvalue()
         assert "\x1b[2J" not in out.getvalue()
+
+
+class Quiet:
+    """A session of which nothing is asked but this."""
+
+    visual_tokens = 18
+
+    def rest(self) -> None:
+        raise AssertionError("nobody pressed Ctrl-C")
+
+
+@pytest.mark.parametrize(
+    ("chunks", "shown"),
+    [
+        ([Chunk("A star.")], "A star.\n\n3 tokens"),
+        ([], "the answer is empty\n\n3 tokens"),
+        ([Chunk(reasoning="Hm.")], "Thought: Hm.\n\n3 tokens"),
+    ],
+)
+def test_what_stands_below_an_answer(
+    chunks: list[Chunk], shown: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    usage = make_usage(
+        prompt=30, completion=3, cached=20, started=0, first=0.5, ended=1.5, peak=10**6
+    )
+    end = Chunk(finish_reason="stop", usage=usage)
+    terminal = Terminal(plain=True, previews=False)
+    assert terminal.answer(Quiet(), iter([*chunks, end])) is False
+    numbers = "3 tokens · 2.0 tokens/s · first after 0.50 s · prompt 30 · 20 cached · 18 visual"
+    assert capsys.readouterr().out == f"\n{shown.replace('3 tokens', numbers)}\n\n"
+
+
+@pytest.mark.parametrize(
+    ("reason", "closed", "words"),
+    [("length", False, "thinking"), ("length", True, "max_tokens"), ("repetition", True, "itself")],
+)
+def test_how_an_answer_was_cut_off_is_said(
+    reason: FinishReason, closed: bool, words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    usage = make_usage(prompt=1, completion=1, cached=0, started=0, first=1, ended=1, peak=1)
+    end = Chunk("x", finish_reason=reason, usage=usage, reasoning_closed=closed)
+    Terminal(plain=True, previews=False).answer(Quiet(), iter([end]))
+    assert words in capsys.readouterr().out

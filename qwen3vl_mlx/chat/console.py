@@ -11,12 +11,14 @@ from typing import TYPE_CHECKING
 from prompt_toolkit import PromptSession
 from prompt_toolkit.completion import Completer, Completion, ThreadedCompleter
 from prompt_toolkit.document import Document
-from prompt_toolkit.filters import Condition
+from prompt_toolkit.enums import DEFAULT_BUFFER
+from prompt_toolkit.filters import Condition, has_focus
 from prompt_toolkit.formatted_text import StyleAndTextTuples
 from prompt_toolkit.history import FileHistory, History, InMemoryHistory
 from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
 from prompt_toolkit.output.color_depth import ColorDepth
 from prompt_toolkit.styles import Style
+from prompt_toolkit.utils import is_dumb_terminal
 
 from qwen3vl_mlx.chat import completion
 
@@ -63,6 +65,8 @@ class Console:
 
         Raises KeyboardInterrupt for Ctrl-C while the model is loading, ModelFailedError.
         """
+        if is_dumb_terminal():
+            text = ""  # it would stand there unseen
         while True:
             # Only while something moves: an idle prompt must not keep the machine awake.
             self._prompt.refresh_interval = 0 if self.session.loader.done else _REFRESH_SEC
@@ -132,7 +136,7 @@ class Console:
 
     def _progress(self) -> StyleAndTextTuples:
         loader = self.session.loader
-        if loader.done:
+        if loader.done or self._prompt.app.is_done:  # what was sent stays without it
             return []
         return [("class:quiet", f"loading {loader.choice.name} {loader.seconds:.0f} s")]
 
@@ -151,9 +155,10 @@ class _Completions(Completer):
 
 def _keys(interrupted: Callable[[KeyPressEvent], None]) -> KeyBindings:
     keys = KeyBindings()
-    keys.add("c-c")(interrupted)
+    typing = has_focus(DEFAULT_BUFFER)  # searching the history has keys of its own
+    keys.add("c-c", filter=typing)(interrupted)
 
-    @keys.add("enter")
+    @keys.add("enter", filter=typing)
     def _(event: KeyPressEvent) -> None:
         """Send, or go to a new line after a backslash."""
         buffer = event.current_buffer
@@ -168,12 +173,12 @@ def _keys(interrupted: Callable[[KeyPressEvent], None]) -> KeyBindings:
             return
         buffer.validate_and_handle()
 
-    @keys.add("escape", "enter")
+    @keys.add("escape", "enter", filter=typing)
     def _(event: KeyPressEvent) -> None:
         """A new line."""
         event.current_buffer.insert_text("\n")
 
-    @keys.add("c-d")
+    @keys.add("c-d", filter=typing)
     def _(event: KeyPressEvent) -> None:
         """Leave, unless something is typed."""
         buffer = event.current_buffer

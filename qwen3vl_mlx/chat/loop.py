@@ -77,12 +77,12 @@ def converse(session: Session, screen: Screen, console: Console, *, debug: bool)
 
 def _attempt(line: str, session: Session, screen: Screen, debug: bool) -> Result:
     """`handle`, whose errors are shown where the conversation can go on."""
-    asked = len(session.asked)
+    asked, loader = len(session.asked), session.loader
     try:
         with interruptible():
             return handle(line, session, screen)
     except KeyboardInterrupt:
-        if not session.loader.done:
+        if not loader.done:  # there is no conversation yet
             raise
         screen.error("stopped")
     except Qwen3VLError as error:

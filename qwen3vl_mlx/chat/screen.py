@@ -144,6 +144,7 @@ class Terminal:
         view = PlainView(sys.stdout) if self.plain else _markdown_view()
         running = Stoppable(chunks, session.rest)
         last: Chunk | None = None
+        said = False
         self._write("\n")
         view.begin()
         try:
@@ -152,12 +153,15 @@ class Terminal:
                     view.think(chunk.reasoning)
                 if chunk.text:
                     view.push(chunk.text)
+                said = said or bool(chunk.reasoning or chunk.text)
                 last = chunk
         finally:
             view.end()
         if running.stopped:
             self._note("stopped")
         elif last is not None and last.usage is not None:
+            if not said:
+                self._note("the answer is empty")
             for note in notes(last):
                 self._note(note)
             self._write("\n")

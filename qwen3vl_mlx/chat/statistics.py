@@ -13,12 +13,12 @@ if TYPE_CHECKING:
 
 def turn_line(usage: Usage, visual_tokens: int) -> str:
     """One line about one answer."""
-    parts = [
-        f"{usage.completion_tokens} tokens",
-        f"{usage.avg_compl_tok_per_sec:.1f} tokens/s",
-        f"first after {usage.time_to_first_token_sec:.2f} s",
-        f"prompt {usage.prompt_tokens}",
-    ]
+    count = usage.completion_tokens
+    parts = [f"{count} token{'s' * (count != 1)}"]
+    if count > 1:
+        parts.append(f"{usage.avg_compl_tok_per_sec:.1f} tokens/s")
+    parts.append(f"first after {usage.time_to_first_token_sec:.2f} s")
+    parts.append(f"prompt {usage.prompt_tokens}")
     if usage.cached_tokens:
         parts.append(f"{usage.cached_tokens} cached")
     if visual_tokens:
