@@ -215,7 +215,7 @@ def test_ctrl_c_while_another_model_loads_goes_on_with_the_old_one(
         "import sys, time; from qwen3vl_mlx.chat import command, loader; "
         "load = loader.ModelChoice.load; "
         "loader.ModelChoice.load = lambda self, **options: "
-        "time.sleep(600) if self.quantize else load(self, **options); "
+        "print('asleep') or time.sleep(600) if self.quantize else load(self, **options); "
         "sys.exit(command.main(['--model', 'demo', '--temperature', '0']))"
     )
     person = sit("-c", script)
@@ -224,6 +224,7 @@ def test_ctrl_c_while_another_model_loads_goes_on_with_the_old_one(
     person.sees_answer()
     person.says("/model demo 4bit")
     person.sees("loading demo 4bit")
+    person.sees("asleep")
     person.types("\x03")
     person.sees("stopped")
     person.sees("/model")  # stands there again

@@ -227,14 +227,15 @@ class Session:
         """
         choice.fetch()  # a wrong name, or no network, leaves all as it is
         kept, old = self.transcript(), self.choice
-        self.model.close()
-        self._chat = None
-        self.loader.forget()
         try:
+            self.model.close()
+            self._chat = None
+            self.loader.forget()
             chat = self._begin(choice.load(progress=True), None)
             chat.restore(kept.messages())
         except BaseException:
-            self.loader, self._kept = Loader(old), kept
+            self._chat, self._kept = None, kept
+            self.loader = Loader(old)
             raise
         self._chat, self.choice = chat, choice
 
