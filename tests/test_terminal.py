@@ -19,6 +19,7 @@ from qwen3vl_mlx.demo import CHECKPOINT
 SCENE = SCENES / "scene18.png"
 COMMAND = ("-m", "qwen3vl_mlx.chat", "--model", "demo", "--temperature", "0")
 SECONDS = 20
+PROMPT = "\x1b[?2004h"  # it opens, and takes pasted text
 STYLES = re.compile(r"\x1b(\[[\d;?]*[A-Za-z]|\][^\x07\x1b]*(\x07|\x1b\\))")
 
 
@@ -60,9 +61,9 @@ class Person:
         return STYLES.sub("", shown)
 
     def sees_answer(self) -> str:
-        """Wait for the numbers below an answer; returns answer and numbers."""
+        """Wait for the numbers below an answer and the prompt; returns answer and numbers."""
         before = self.sees(" first after ")
-        return before + self.sees("\n")
+        return before + self.sees(PROMPT)
 
     def leaves(self) -> int:
         """Wait for the end; returns the exit status."""
@@ -113,7 +114,7 @@ def test_a_whole_conversation(sit: Callable[..., Person], tmp_path: Path) -> Non
     person.sees("answers       3")
     person.says("/exit")
     assert person.leaves() == 0
-    history = tmp_path / "state" / "qwen3vl" / "chat_history"
+    (history,) = tmp_path.rglob("chat_history")  # elsewhere on a Mac
     assert history.stat().st_mode & 0o777 == 0o600
     assert "+What shape is purple?" in history.read_text()
 
@@ -141,7 +142,7 @@ def test_ctrl_c(sit: Callable[..., Person]) -> None:
     person.types("What is 3 + 4?")  # meanwhile: not shown, kept for the prompt
     person.types("\x03")
     person.sees("stopped")
-    person.sees("> ")
+    person.sees(PROMPT)
     person.types("\x03")
     for line in ("/temperature 0", "/set ignore_eos off", "/clear"):
         person.says(line)
@@ -157,7 +158,7 @@ def test_ctrl_c(sit: Callable[..., Person]) -> None:
 def test_pasted_and_mistaken(sit: Callable[..., Person], tmp_path: Path) -> None:
     (tmp_path / "a b.png").write_bytes(SCENE.read_bytes())
     person = sit("-m", "qwen3vl_mlx.chat", "--model", "demo", "--temperature", "0", "--plain")
-    person.sees("\x1b[?2004h")  # pasted text comes marked
+    person.sees(PROMPT)
     person.types(f"\x1b[200~{tmp_path}/a b.png\r\nDescribe the image.\x1b[201~")
     person.says("")
     answer = person.sees_answer()
@@ -227,6 +228,7 @@ def test_ctrl_c_while_another_model_loads_goes_on_with_the_old_one(
     person.sees("asleep")
     person.types("\x03")
     person.sees("stopped")
+    person.sees(PROMPT)
     person.sees("/model")  # stands there again
     person.types("\x03")
     person.says("What shape is purple?")
@@ -260,7 +262,12 @@ def piped(stdin: str, *args: str, home: Path) -> subprocess.CompletedProcess[str
         text=True,
         timeout=SECONDS,
         cwd=home,
-        env={**os.environ, "XDG_STATE_HOME": str(home / "state"), "HF_HUB_OFFLINE": "1"},
+        env={
+            **os.environ,
+            "HOME": str(home),
+            "XDG_STATE_HOME": str(home / "state"),
+            "HF_HUB_OFFLINE": "1",
+        },
     )
 
 
@@ -270,7 +277,7 @@ def test_piped(tmp_path: Path) -> None:
     assert done.stdout == f"{TRUTH}\nstar\n7\n"
     assert done.stderr == "forgotten: 2 turns; settings and system message stay\n"
     assert done.returncode == 0
-    assert not (tmp_path / "state").exists()  # no history of pipes
+    assert list(tmp_path.rglob("chat_history")) == []  # of pipes there is none
 
 
 def test_piped_errors_are_told_and_passed_over(tmp_path: Path) -> None:
