@@ -11,32 +11,14 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import test_hub_upload
 from cached import Cache, qwen
-from test_hub_upload import TOKEN, Handler, StandIn
+from hub_stand_in import TOKEN, StandIn
 
 from qwen3vl_mlx.models_command import main
 
 REPO = "someone/Qwen3-VL-4B-Instruct"
 OTHER = "someone/Qwen3-VL-8B-Thinking"
 SHARDS = [f"model-{i + 1:05}-of-00002.safetensors" for i in range(2)]
-
-
-@pytest.fixture(autouse=True)
-def whole_stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The stand-in says of files, too, that a repository or a revision is not there."""
-    *others, (pattern, answer) = test_hub_upload.ROUTES
-
-    def file(handler: Handler, body: bytes, name: str, revision: str, path: str) -> None:
-        repo = handler.server.repos.get(name)
-        if repo is not None and (revision in repo.branches or revision in repo.commits):
-            return answer(handler, body, name, revision, path)
-        handler.send_response(404)
-        handler.send_header("X-Error-Code", "RevisionNotFound" if repo else "RepoNotFound")
-        handler.send_header("Content-Length", "0")
-        return handler.end_headers()
-
-    monkeypatch.setattr(test_hub_upload, "ROUTES", [*others, (pattern, file)])
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from test_hub_upload import closed_port
+from hub_stand_in import closed_port
 
 from qwen3vl_mlx import doctor, doctor_self_test
 from qwen3vl_mlx.doctor_checks import Check, MlxState

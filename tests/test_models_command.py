@@ -10,10 +10,9 @@ from typing import Any
 
 import models_running
 import pytest
-import test_hub_upload
 from cached import CHECKPOINTS, Cache, qwen, write
+from hub_stand_in import StandIn
 from models_running import OTHER, REPO, SHARDS, served
-from test_hub_upload import StandIn
 
 from qwen3vl_mlx import models_info
 from qwen3vl_mlx.checkpoints import local_checkpoints
@@ -23,7 +22,6 @@ from qwen3vl_mlx.quant import policy
 
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")  # the library
 
-server, stand_in = test_hub_upload.server, models_running.whole_stand_in  # fixtures
 cache, run = models_running.cache, models_running.run
 
 

@@ -14,17 +14,16 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import hub_stand_in
 import models_running
 import pytest
-import test_hub_upload
+from hub_stand_in import Handler, StandIn
 from models_running import REPO, SHARDS, command, served
-from test_hub_upload import Handler, StandIn
 
 from qwen3vl_mlx.checkpoints import local_checkpoints
 
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")  # the library
 
-server, stand_in = test_hub_upload.server, models_running.whole_stand_in  # fixtures
 run = models_running.run
 
 
@@ -144,7 +143,7 @@ class Hold:
 @pytest.fixture
 def hold(server: StandIn, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hold]:
     held = Hold(SHARDS[1])
-    *others, (pattern, answer) = test_hub_upload.ROUTES
+    *others, (pattern, answer) = hub_stand_in.ROUTES
 
     def file(handler: Handler, body: bytes, repo: str, revision: str, path: str) -> None:
         whole = handler.wfile
@@ -153,7 +152,7 @@ def hold(server: StandIn, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hold]:
         answer(handler, body, repo, revision, path)
         handler.wfile = whole
 
-    monkeypatch.setattr(test_hub_upload, "ROUTES", [*others, (pattern, file)])
+    monkeypatch.setattr(hub_stand_in, "ROUTES", [*others, (pattern, file)])
     yield held
     held.go_on.set()
 
