@@ -15,6 +15,7 @@
     ["#box textarea", "Your question"],
     ["#box input[type=file]", "Add pictures"],
     ["#picture input[type=file]", "Choose a picture"],
+    ["#conversation .image-container > button", "Show the picture"],
   ];
   const name = () => {
     for (const [selector, text] of names)

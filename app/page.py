@@ -13,9 +13,8 @@ from app.picker import Picker, build_picker
 from app.session import Sessions
 from app.settings import Controls, build_controls
 from app.show import LATEX
-from app.tasks_page import build_tasks
+from app.tasks_page import SHAPES, WORD, build_tasks, drawn_scene
 from qwen3vl_mlx.demo import EXAMPLE
-from qwen3vl_mlx.demo.scenes import make_scene
 
 TITLE = "Qwen3-VL"
 STYLE = Path(__file__).with_name("style.css")
@@ -26,7 +25,7 @@ _SYSTEM_FONTS = ("system-ui", "-apple-system", "Segoe UI", "Roboto", "sans-serif
 _MONO_FONTS = ("ui-monospace", "SF Mono", "Menlo", "Consolas", "monospace")
 _EVENT: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
 _ANSWER: dict[str, Any] = {**_EVENT, "concurrency_limit": None}  # the engine answers many at once
-_EXAMPLE_SCENES = ((3, "How many shapes are there?"), (5, "What color is the background?"))
+_EXAMPLE_SCENES = ((SHAPES, "How many shapes are there?"), (WORD, "Read the text."))
 
 
 def theme() -> gr.themes.Base:
@@ -44,6 +43,8 @@ def theme() -> gr.themes.Base:
         block_title_text_color_dark="*neutral_200",
         block_title_padding="0",
         block_title_text_weight="500",
+        block_border_width="1px",
+        block_border_width_dark="1px",
         block_label_background_fill="transparent",
         block_label_background_fill_dark="transparent",
         block_label_text_color="*neutral_600",
@@ -96,6 +97,7 @@ def _build_chat(chat: Chat, controls: Controls, folder: Path) -> None:
         editable="user",
         buttons=["copy"],
         layout="bubble",
+        group_consecutive_messages=False,  # in a group, Gradio edits no question with a picture
         latex_delimiters=[dict(each) for each in LATEX],
         sanitize_html=True,
         allow_tags=False,
@@ -150,7 +152,5 @@ def _examples(folder: Path) -> list[Any]:
     """Questions that a click asks, about pictures that every model knows."""
     found = [("Describe the image.", str(EXAMPLE))]
     for seed, question in _EXAMPLE_SCENES:
-        path = folder / f"scene{seed}.png"
-        make_scene(seed).draw().save(path)
-        found.append((question, str(path)))
+        found.append((question, drawn_scene(seed, folder)))
     return [{"text": text, "files": [path], "icon": path} for text, path in found]

@@ -65,23 +65,27 @@ class Picker:
     sessions: Sessions
 
     def wire(self, page: gr.Blocks, parts: PickerParts, controls: Controls) -> None:
-        shown = [parts.status, parts.load, parts.timer, *controls.of_the_model]
-        page.load(self.choices, None, [parts.model, parts.quantize], **_EVENT)
+        shown = [parts.status, parts.load, parts.timer, parts.model, *controls.of_the_model]
+        page.load(self.chosen, None, [parts.model, parts.quantize], **_EVENT)
         page.load(self.look, None, shown, **_EVENT)
         parts.timer.tick(self.look, None, shown, **_EVENT)
         parts.load.click(self.load, [parts.model, parts.quantize], shown, **_EVENT)
-        parts.model.focus(self.choices, None, [parts.model, parts.quantize], **_EVENT)
 
-    def choices(self) -> tuple[Any, Any]:
-        """What is on this machine, the model in use chosen."""
+    def chosen(self) -> tuple[Any, Any]:
+        """The model in use, or on its way, chosen from those that there are."""
+        wish = self.models.status.wish
+        return (
+            gr.update(choices=self.choices(), value=wish.model),
+            gr.update(value=wish.quantize or AS_IT_IS),
+        )
+
+    def choices(self) -> list[tuple[str, str]]:
+        """What is on this machine, and what was wanted last."""
         wish = self.models.status.wish
         found = [(label(each), each.name) for each in usable()]
         if wish.model not in [name for _, name in found]:
             found.insert(0, (wish.model, wish.model))
-        return (
-            gr.update(choices=found, value=wish.model),
-            gr.update(value=wish.quantize or AS_IT_IS),
-        )
+        return found
 
     def look(self, request: gr.Request) -> list[Any]:
         """How the model is; its defaults into the controls where they show another's."""
@@ -97,11 +101,11 @@ class Picker:
 
     def _shown(self, key: str) -> list[Any]:
         status, session = self.models.status, self.sessions.of(key)
-        updates = [gr.skip() for _ in Controls.__dataclass_fields__][1:]
+        updates = [gr.skip() for _ in Controls.__dataclass_fields__]  # of the model, and these
         if session.serial != status.serial and status.answers is not None:
             try:
                 with self.models.lease() as model:
-                    updates = defaults(model)
+                    updates = [gr.update(choices=self.choices()), *defaults(model)]
                 session.serial = status.serial
             except Qwen3VLError:  # it is being exchanged: the next look will tell
                 pass

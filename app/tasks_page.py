@@ -21,11 +21,12 @@ from app.session import Running, Session, Sessions, Turn
 from app.settings import Settings
 from app.show import LATEX
 from app.tasks import SCHEMA, TASKS, Task, asked, pretty, task_called
-from qwen3vl_mlx.demo import EXAMPLE
+from qwen3vl_mlx.demo.scenes import make_scene
 from qwen3vl_mlx.errors import EngineClosedError, InputError, Qwen3VLError
 from qwen3vl_mlx.tasks import parse_document
 
-_NO_PICTURE = "Give a picture first: drop one on the left, or take the example."
+SHAPES, WORD = 437, 57  # seeds of scenes that every model knows
+_NO_PICTURE = "Give a picture first: drop one here, or take an example."
 
 
 @dataclass(frozen=True)
@@ -69,8 +70,10 @@ class TaskHandlers:
         """A picture was dropped, pasted, taken, or taken away."""
         return await self._use(request, raw["path"] if raw else None)
 
-    async def example(self, request: gr.Request) -> dict[Any, Any]:
-        return await self._use(request, str(EXAMPLE))
+    async def example(self, request: gr.Request, title: str) -> dict[Any, Any]:
+        """A picture that suits the task."""
+        reads = task_called(title).shows in ("text", "document")
+        return await self._use(request, drawn_scene(WORD if reads else SHAPES, self.folder))
 
     def choose(self, title: str) -> dict[Any, Any]:
         """Show what a task needs, and where its answer will stand."""
@@ -237,6 +240,14 @@ class TaskHandlers:
         }
 
 
+def drawn_scene(seed: int, folder: Path) -> str:
+    """The path of a scene, drawn into `folder`."""
+    path = folder / f"scene{seed}.png"
+    if not path.exists():
+        make_scene(seed).draw().save(path)
+    return str(path)
+
+
 def build_tasks(
     models: Models, sessions: Sessions, folder: Path, controls: list[Any], event: dict[str, Any]
 ) -> None:
@@ -258,7 +269,7 @@ def build_tasks(
     answer: dict[str, Any] = {**event, "concurrency_limit": None}
     # Without Gradio's own reading of the file: it knows fewer formats, and tells less.
     picture.input(handlers.pick, picture, parts.all, **event, preprocess=False)
-    example.click(handlers.example, None, parts.all, **event)
+    example.click(handlers.example, task, parts.all, **event)
     task.change(handlers.choose, task, parts.all, **event, queue=False)
     asks = [task, subject, question, schema, *controls]
     for trigger in (run.click, subject.submit, question.submit):
@@ -311,7 +322,7 @@ def _build_answer() -> tuple[Any, ...]:
         )  # fmt: skip
     with gr.Column() as found_area:
         drawn = gr.Image(
-            label="Found", interactive=False, format="png", type="pil", elem_id="drawn",
+            label="Found", show_label=False, interactive=False, format="png", type="pil", elem_id="drawn",
             buttons=["download", "fullscreen"],
         )  # fmt: skip
         found = gr.Radio(
