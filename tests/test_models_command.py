@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import hub_stand_in
 import models_running
 import pytest
 from cached import CHECKPOINTS, Cache, qwen, write
@@ -22,7 +23,7 @@ from qwen3vl_mlx.quant import policy
 
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")  # the library
 
-cache, run = models_running.cache, models_running.run
+cache, run, server = models_running.cache, models_running.run, hub_stand_in.server
 
 
 def test_an_empty_machine_is_told_what_to_do(cache: Cache, run: Callable[..., Any]) -> None:

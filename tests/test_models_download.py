@@ -24,7 +24,7 @@ from qwen3vl_mlx.checkpoints import local_checkpoints
 
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")  # the library
 
-run = models_running.run
+run, server = models_running.run, hub_stand_in.server
 
 
 def test_a_download_prints_its_folder_and_is_done_once(
