@@ -17,7 +17,7 @@ def state_folder() -> Path:
     """
     if sys.platform == "darwin":
         return Path.home() / "Library" / "Application Support" / _NAME
-    given = os.environ.get("XDG_STATE_HOME", "")
+    given = os.environ.get("XDG_STATE_HOME", "")  # relative ones are to be ignored
     return (Path(given) if os.path.isabs(given) else Path.home() / ".local" / "state") / _NAME
 
 

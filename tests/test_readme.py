@@ -14,7 +14,9 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-DETAILS = [ROOT / "qwen3vl_mlx" / part / "README.md" for part in ("album", "engine", "quant", "server")]
+DETAILS = [
+    ROOT / "qwen3vl_mlx" / part / "README.md" for part in ("album", "engine", "quant", "server")
+]
 BLOCK = re.compile(r"(?:<!-- needs: (\w+) -->\n)?```(sh|python)\n(.*?)```", re.DOTALL)
 BLOCKS = [
     block

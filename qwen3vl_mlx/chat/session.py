@@ -13,15 +13,13 @@ from qwen3vl_mlx.chat.loader import Loader, ModelChoice
 from qwen3vl_mlx.chat.pictures import Attached, Picture
 from qwen3vl_mlx.chat.transcript import Transcript, Turn
 from qwen3vl_mlx.errors import InputError, OutputError
+from qwen3vl_mlx.question_options import default_prompt
 
 if TYPE_CHECKING:
     from qwen3vl_mlx.api import Qwen3VL
     from qwen3vl_mlx.conversation import Chat
     from qwen3vl_mlx.engine.output import Chunk, Usage
     from qwen3vl_mlx.engine.sampling import SamplingParams
-
-DEFAULT_PROMPT = "Describe the image."
-DEFAULT_PROMPT_SEVERAL = "Describe the images."
 
 
 @dataclass(frozen=True)
@@ -128,7 +126,7 @@ class Session:
         """
         attached = [*self.waiting, *named]
         if not text:
-            text = DEFAULT_PROMPT if len(attached) == 1 else DEFAULT_PROMPT_SEVERAL
+            text = default_prompt(len(attached))
         self.chat.params = self.params
         chunks = self.chat.stream(text, images=[each.image for each in attached])
         turn = Asked(text, tuple(each.picture for each in attached))
