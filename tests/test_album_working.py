@@ -17,7 +17,7 @@ from albums import Teller, captions, paint, records, use, value_of
 from qwen3vl_mlx import caption
 from qwen3vl_mlx.album import describing
 from qwen3vl_mlx.answering import Question
-from qwen3vl_mlx.client import ServerGoneError
+from qwen3vl_mlx.client import SERVER_VARIABLE, ServerGoneError
 from qwen3vl_mlx.engine.output import FinishReason
 from qwen3vl_mlx.errors import (
     EngineClosedError,
@@ -28,6 +28,11 @@ from qwen3vl_mlx.errors import (
 )
 
 SCHEMA = '{"type": "object", "properties": {"n": {"type": "integer"}}, "required": ["n"]}'
+
+
+@pytest.fixture(autouse=True)
+def _no_server(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(SERVER_VARIABLE, "none")
 
 
 @pytest.fixture
@@ -106,7 +111,7 @@ def test_changed_pictures_and_other_questions_are_asked(
     for options in (
         ["--prompt", "Why?"],
         ["--system", "Be brief."],
-        ["--temperature", 0.5],
+        ["--temperature", 0],
         ["--max-pixels", 9999],
         ["--model", "demo"],
         ["--schema", SCHEMA],

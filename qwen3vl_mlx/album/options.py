@@ -161,9 +161,7 @@ def _schema(given: str) -> dict[str, Any]:
 
 def _model(args: argparse.Namespace) -> dict[str, Any]:
     """Which model is wanted. Whether a server or this process runs it makes no difference."""
-    from qwen3vl_mlx import hub
-
-    name = args.model or hub.default_model()
+    name = args.model or _default_model(args)
     folder = Path(name).expanduser()
     topology = args.topology and question_options.read_text("--topology", args.topology)
     return {
@@ -174,8 +172,22 @@ def _model(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
+def _default_model(args: argparse.Namespace) -> str:
+    """What answers where no model is named: the server's, if one runs."""
+    from qwen3vl_mlx import client, hub
+    from qwen3vl_mlx.answering import chosen_server
+
+    default, server = hub.default_model(), chosen_server(args)
+    if server is None:
+        return default
+    served = client.served_models(server)
+    return default if default in served else served[0]
+
+
 def _fingerprint(values: Mapping[str, Any]) -> str:
     """A digest of all that is not left at its default: a later default is none that was chosen."""
-    chosen = {name: value for name, value in values.items() if value not in (None, False)}
+    chosen = {
+        name: value for name, value in values.items() if value is not None and value is not False
+    }
     text = json.dumps(chosen, sort_keys=True)
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
