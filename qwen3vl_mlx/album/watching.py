@@ -91,7 +91,7 @@ def _watch(work: Work, arrivals: Arrivals, results: Results, progress: Progress)
                 if not work.crew.busy:
                     work.finish()  # nothing comes that would clear a doubt
     except KeyboardInterrupt:
-        progress.note(f"ended; {progress.done} pictures were done")
+        progress.note(f"ended; {progress.done - progress.failed} pictures were described")
 
 
 def _begin(work: Work, arrivals: Arrivals, results: Results) -> None:
