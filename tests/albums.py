@@ -17,9 +17,15 @@ from typing import Any
 from PIL import Image
 
 from qwen3vl_mlx.album import captioning, watching
+from qwen3vl_mlx.album.facts import Facts
+from qwen3vl_mlx.album.finding import Picture
+from qwen3vl_mlx.album.records import Record, Stamp, digest_at
+from qwen3vl_mlx.album.results import Results, open_results
 from qwen3vl_mlx.answering import Question
 from qwen3vl_mlx.engine.output import Chunk, FinishReason, make_usage
 
+OURS, OTHER = "aaaaaaaaaaaaaaaa", "bbbbbbbbbbbbbbbb"  # fingerprints of settings
+SCHEMA = {"type": "object", "properties": {"name": {}, "size": {}, "parts": {}}}
 USAGE = make_usage(prompt=9, completion=4, cached=0, started=0.0, first=0.5, ended=1.25, peak=0)
 DEMO = ("--model", "demo", "--no-server", "--temperature", "0")
 
@@ -87,6 +93,33 @@ def use(monkeypatch: Any, teller: Teller) -> Teller:
     for module in (captioning, watching):
         monkeypatch.setattr(module, "open_answerer", lambda args, *, at_once: teller)
     return teller
+
+
+# Results without a run
+
+
+def quiet(_: str) -> None:
+    pass
+
+
+def picture_of(path: Path) -> Picture:
+    return Picture(str(path.parent), path.name, os.path.realpath(path))
+
+
+def record_of(
+    picture: Picture, value: Any = "a dog", outcome: Any = "caption", fingerprint: str = OURS
+) -> Record:
+    stamp = Stamp.of(os.stat(picture.path)) if os.path.exists(picture.path) else Stamp(1, 10**18)
+    sha256 = digest_at(picture.path)
+    return Record(picture, fingerprint, outcome, value, Facts(4, 3), stamp, sha256, "demo", "stop")
+
+
+def opened(out: Path | str, schema: Any = None, **options: Any) -> Results:
+    note = options.pop("note", quiet)
+    return open_results(str(out), options.pop("fingerprint", OURS), schema, note, **options)
+
+
+# Results of a run
 
 
 def records(path: Path) -> list[dict[str, Any]]:

@@ -13,44 +13,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from albums import paint
+from albums import OTHER, OURS, SCHEMA, opened, paint, picture_of, record_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qwen3vl_mlx.album.facts import Facts
 from qwen3vl_mlx.album.finding import Picture
 from qwen3vl_mlx.album.formats import CsvRows, JsonLines
-from qwen3vl_mlx.album.records import Record, Stamp, digest_at, plain_name
-from qwen3vl_mlx.album.results import Results, open_results
-from qwen3vl_mlx.album.sidecars import MANIFEST
+from qwen3vl_mlx.album.records import plain_name
 from qwen3vl_mlx.errors import InputError, OutputError
 
-OURS, OTHER = "aaaaaaaaaaaaaaaa", "bbbbbbbbbbbbbbbb"
-SCHEMA = {"type": "object", "properties": {"name": {}, "size": {}, "parts": {}}}
 NASTY = st.text(
     st.characters(exclude_categories=["Cs"]) | st.sampled_from('"\n\r,;{}\\\0\u2028'), max_size=30
 )
-
-
-def quiet(_: str) -> None:
-    pass
-
-
-def picture_of(path: Path) -> Picture:
-    return Picture(str(path.parent), path.name, os.path.realpath(path))
-
-
-def record_of(
-    picture: Picture, value: Any = "a dog", outcome: Any = "caption", fingerprint: str = OURS
-) -> Record:
-    stamp = Stamp.of(os.stat(picture.path)) if os.path.exists(picture.path) else Stamp(1, 10**18)
-    sha256 = digest_at(picture.path)
-    return Record(picture, fingerprint, outcome, value, Facts(4, 3), stamp, sha256, "demo", "stop")
-
-
-def opened(out: Path | str, schema: Any = None, **options: Any) -> Results:
-    note = options.pop("note", quiet)
-    return open_results(str(out), options.pop("fingerprint", OURS), schema, note, **options)
 
 
 def files_of(path: Path, schema: Any) -> list[str]:
@@ -336,130 +310,6 @@ def test_columns_are_those_of_json_lines() -> None:
     assert set(record.to_dict()) <= set(CsvRows(None).columns)
     long = record_of(Picture("/p", "a.jpg", "/p/a.jpg"), "x" * 200_000)
     assert CsvRows(None).parse(CsvRows(None).encode(long)) is not None
-
-
-# Sidecars
-
-
-@pytest.mark.parametrize(
-    ("schema", "kind", "value", "name", "text"),
-    [
-        (None, "caption", "a dog\r\nand a cat", "a.png.txt", "a dog\r\nand a cat\n"),
-        (SCHEMA, "data", {"name": "é"}, "a.png.json", '{\n  "name": "é"\n}\n'),
-    ],
-)
-def test_sidecars(tmp_path: Path, schema: Any, kind: Any, value: Any, name: str, text: str) -> None:
-    picture = picture_of(paint(tmp_path / "a.png"))
-    sidecars = opened("sidecar", schema)
-    assert sidecars.add(record_of(picture, value, kind)) is None
-    sidecars.close()
-    assert (tmp_path / name).read_bytes().decode() == text
-    assert sorted(os.listdir(tmp_path)) == sorted([MANIFEST, "a.png", name])
-
-
-@pytest.mark.parametrize("force", [False, True])
-def test_a_sidecar_of_somebody_else_stays_unless_forced(tmp_path: Path, force: bool) -> None:
-    foreign, edited, ours = (
-        picture_of(paint(tmp_path / f"{name}.png")) for name in ("foreign", "edited", "ours")
-    )
-    (tmp_path / "foreign.png.txt").write_text("mine")
-    first = opened("sidecar", fingerprint=OTHER)
-    for picture in (edited, ours):
-        first.add(record_of(picture, "old", fingerprint=OTHER))
-    first.close()
-    (tmp_path / "edited.png.txt").write_text("better")
-    again = opened("sidecar", force=force)
-    statuses = [again.status(picture) for picture in (foreign, edited, ours)]
-    again.close()
-    if force:
-        assert statuses == ["new", "other settings", "other settings"]
-    else:
-        assert statuses == ["kept", "kept", "other settings"]
-
-
-@pytest.mark.parametrize("earlier", [None, "an old answer"])
-def test_a_sidecar_that_was_not_come_to_is_made_of_its_record(
-    tmp_path: Path, earlier: str | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    picture = picture_of(paint(tmp_path / "a.png"))
-    sidecars = opened("sidecar")
-    if earlier is not None:
-        sidecars.add(record_of(picture, earlier, fingerprint=OTHER))
-
-    def killed(*_: Any) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr("qwen3vl_mlx.album.sidecars.replace_text", killed)
-    with pytest.raises(KeyboardInterrupt):
-        sidecars.add(record_of(picture, "the answer"))
-    sidecars.close()
-    monkeypatch.undo()
-    again = opened("sidecar")
-    assert again.status(picture) == "done"
-    again.close()
-    assert (tmp_path / "a.png.txt").read_text() == "the answer\n"
-
-
-def test_an_edited_sidecar_of_a_finished_picture_stays(tmp_path: Path) -> None:
-    picture = picture_of(paint(tmp_path / "a.png"))
-    sidecars = opened("sidecar")
-    sidecars.add(record_of(picture))
-    (tmp_path / "a.png.txt").write_text("better")
-    assert sidecars.status(picture) == "done"
-    sidecars.close()
-    assert (tmp_path / "a.png.txt").read_text() == "better"
-
-
-def test_captions_and_data_have_sidecars_of_their_own(tmp_path: Path) -> None:
-    picture = picture_of(paint(tmp_path / "a.png"))
-    for _ in range(2):
-        text = opened("sidecar")
-        if text.status(picture) != "done":
-            text.add(record_of(picture))
-        text.close()
-        data = opened("sidecar", SCHEMA, fingerprint=OTHER)
-        if data.status(picture) != "done":
-            data.add(record_of(picture, {"name": "x"}, "data", OTHER))
-        data.close()
-    assert len((tmp_path / MANIFEST).read_bytes().splitlines()) == 2
-
-
-def test_the_nearest_manifest_is_the_one_and_folders_may_be_moved(tmp_path: Path) -> None:
-    path = paint(tmp_path / "photos" / "2024" / "a.png")
-    root = tmp_path / "photos"
-    sidecars = opened("sidecar")
-    sidecars.add(record_of(Picture(str(root), "2024/a.png", str(path))))
-    sidecars.close()
-    root.rename(tmp_path / "moved")
-    below = picture_of(tmp_path / "moved" / "2024" / "a.png")
-    again = opened("sidecar", fingerprint=OURS)
-    assert again.status(below) == "done"
-    again.close()
-    assert not (tmp_path / "moved" / "2024" / MANIFEST).exists()
-
-
-def test_a_place_that_takes_no_sidecar_fails_that_picture_alone(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    picture = picture_of(paint(tmp_path / "a.png"))
-    sidecars = opened("sidecar")
-    replace = os.replace
-
-    def refuse(number: int) -> Callable[..., None]:
-        def refused(*_: Any) -> None:
-            raise OSError(number, os.strerror(number))
-
-        return refused
-
-    monkeypatch.setattr(os, "replace", refuse(errno.EACCES))
-    assert "cannot be written" in (sidecars.add(record_of(picture)) or "")
-    monkeypatch.setattr(os, "replace", refuse(errno.ENOSPC))
-    with pytest.raises(OutputError):
-        sidecars.add(record_of(picture))
-    monkeypatch.setattr(os, "replace", replace)
-    assert sidecars.status(picture) == "done"  # and is written now
-    sidecars.close()
-    assert (tmp_path / "a.png.txt").read_text() == "a dog\n"
 
 
 def test_looking_changes_nothing(tmp_path: Path) -> None:
