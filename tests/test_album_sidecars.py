@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -135,3 +136,24 @@ def test_a_place_that_takes_no_sidecar_fails_that_picture_alone(
     assert sidecars.status(picture) == "done"  # and is written now
     sidecars.close()
     assert (tmp_path / "a.png.txt").read_text() == "a dog\n"
+
+
+def test_a_run_waits_for_another_in_the_same_folder(tmp_path: Path) -> None:
+    """A folder action starts a run for each picture that is dropped."""
+    pictures = [picture_of(paint(tmp_path / f"{name}.png")) for name in "ab"]
+    first = opened("sidecar")
+    first.add(record_of(pictures[0], "a dog"))
+    known: list[str] = []
+
+    def other() -> None:
+        second = opened("sidecar")
+        known.extend(second.status(picture) for picture in pictures)
+        second.close()
+
+    thread = threading.Thread(target=other)
+    thread.start()
+    thread.join(0.5)
+    assert known == []
+    first.close()
+    thread.join(30)
+    assert known == ["done", "new"]

@@ -11,12 +11,15 @@ import errno
 import fcntl
 import os
 import stat
+import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from typing import Any, BinaryIO, Protocol
 
 from qwen3vl_mlx.album.records import Record
 from qwen3vl_mlx.errors import InputError, OutputError
+
+_POLL_SEC = 0.2
 
 
 class Format(Protocol):
@@ -51,9 +54,9 @@ def told_errno(error: OSError, path: str) -> OutputError:
 class RecordFile:
     """See the module. on_record: is told each record that is there, and where it lies.
 
-    read_only: look only; nothing is made, locked or cut. note: is told what was cut off. Raises
-    InputError for a file that is not ours or that another run writes, OutputError for one that
-    cannot be written.
+    read_only: look only; nothing is made, locked or cut. note: is told what was cut off.
+    wait_sec: for another run that writes it. Raises InputError for a file that is not ours or that
+    another run writes, OutputError for one that cannot be written.
     """
 
     def __init__(
@@ -64,6 +67,7 @@ class RecordFile:
         note: Callable[[str], None],
         *,
         read_only: bool = False,
+        wait_sec: float = 0.0,
     ):
         self.path = path
         self.form = form
@@ -73,14 +77,14 @@ class RecordFile:
                 self._check_kind()
                 self._read(on_record)
             return
-        self._open()
+        self._open(note, wait_sec)
         try:
             self._mend(*self._read(on_record), note)
         except BaseException:
             self.close()
             raise
 
-    def _open(self) -> None:
+    def _open(self, note: Callable[[str], None], wait_sec: float) -> None:
         folder = os.path.dirname(os.path.abspath(self.path))
         if not os.path.isdir(folder):
             raise InputError(f"{self.path}: there is no folder {folder}")
@@ -89,15 +93,26 @@ class RecordFile:
             self.fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
         except OSError as error:
             raise told_errno(error, self.path) from error
+        until, told = time.monotonic() + wait_sec, False
+        while not self._locked():
+            if time.monotonic() >= until:
+                self.close()
+                raise InputError(
+                    f"{self.path} is being written by another run: wait for it, or write elsewhere"
+                )
+            if not told:
+                note(f"waiting for another run that writes {self.path}")
+            told = True
+            time.sleep(_POLL_SEC)
+
+    def _locked(self) -> bool:
         try:
             fcntl.flock(self.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            self.close()
-            raise InputError(
-                f"{self.path} is being written by another run: wait for it, or write elsewhere"
-            ) from None
+            return False
         except OSError:  # network disks may have no locks
             pass
+        return True
 
     def _check_kind(self) -> None:
         with suppress(FileNotFoundError):

@@ -25,6 +25,7 @@ from qwen3vl_mlx.errors import OutputError
 from qwen3vl_mlx.publish import replace_text
 
 MANIFEST = ".qwen3vl-captions.jsonl"
+_WAIT_SEC = 600.0  # a folder action starts a run for each picture that is dropped
 
 # By kind of answer: how its sidecars end, and what they hold of a record.
 _SIDECARS: Mapping[str, tuple[str, Callable[[Mapping[str, Any]], str]]] = MappingProxyType(
@@ -55,7 +56,9 @@ class _Manifest:
         self.last: dict[str, Entry] = {}  # what was tried last, in vain or not
         self.answers: dict[str, list[tuple[int, int]]] = {}  # where all that were given lie
         path = os.path.join(folder, MANIFEST)
-        self.file = RecordFile(path, JsonLines(), self._know, note, read_only=read_only)
+        self.file = RecordFile(
+            path, JsonLines(), self._know, note, read_only=read_only, wait_sec=_WAIT_SEC
+        )
 
     def _know(self, record: Mapping[str, Any], place: tuple[int, int]) -> None:
         file = plain_name(record["file"])
