@@ -155,10 +155,13 @@ def place_of(args: argparse.Namespace) -> Place:
         )
     if not 0 <= args.port < 2**16:
         raise InputError(f"--port must be 0 to 65535, got {args.port}")
-    place = Place(args.host, free_port(args.host, args.port), share=args.share)
-    names = None if args.share else place.names if local else tuple(own_names())
-    auth = (name, password) if given else None
-    return Place(place.host, place.port, names, auth, args.share)
+    return Place(
+        host=args.host,
+        port=free_port(args.host, args.port),
+        names=None if args.share else () if local else tuple(own_names()),
+        auth=(name, password) if given else None,
+        share=args.share,
+    )
 
 
 def free_port(host: str, port: int) -> int:

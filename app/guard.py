@@ -37,16 +37,16 @@ _HEADERS = {
     "Referrer-Policy": "no-referrer",
     "X-Content-Type-Options": "nosniff",
 }
-_LOCAL = ("localhost", "127.0.0.1", "::1")
 
 
 class Guard:
-    """ASGI middleware. names: under which this page is reached; None is any.
+    """ASGI middleware: a name bent to this machine's address, and another site's page, get nothing.
 
-    A name that is bent to this machine's address, and another site's page, get nothing.
+    names: what others call this machine; empty where only this machine itself can connect, and None
+    where the page is shared under a name that is not known.
     """
 
-    def __init__(self, app: ASGIApp, names: Iterable[str] | None = _LOCAL):
+    def __init__(self, app: ASGIApp, names: Iterable[str] | None = ()):
         self.app = app
         self.names = None if names is None else frozenset(name.lower() for name in names)
 
@@ -68,10 +68,11 @@ class Guard:
         await self.app(scope, receive, guarded)
 
     def _problem(self, host: str, origin: str | None) -> str | None:
+        if self.names is None:
+            return None
         name = host_name(f"//{host}")
-        if self.names is not None and name not in self.names and not is_address(name):
-            return f"this page is not reached as {name!r}"
-        if self.names == frozenset(_LOCAL) and name not in _LOCAL and not is_loopback(name):
+        known = name in self.names or (bool(self.names) and is_address(name))
+        if not known and not is_loopback(name):
             return f"this page is not reached as {name!r}"
         if origin is not None and urlsplit(origin).netloc.lower() != host.lower():
             return "another site's page may not ask here"

@@ -23,12 +23,12 @@ _MAX_UPLOAD = "100mb"  # of one file; above any camera
 class Place:
     """Where the page is served, and to whom.
 
-    names: of this machine, for others; None where a share link has its own.
+    names: what others call this machine: see `Guard`.
     """
 
     host: str = "127.0.0.1"
     port: int = 7860
-    names: tuple[str, ...] | None = ("localhost", "127.0.0.1", "::1")
+    names: tuple[str, ...] | None = ()
     auth: tuple[str, str] | None = None
     share: bool = False
 
@@ -48,6 +48,8 @@ def served(models: Models, place: Place) -> Iterator[Served]:
     with tempfile.TemporaryDirectory(prefix="qwen3vl-app-") as folder:
         os.environ["GRADIO_TEMP_DIR"] = folder  # read whenever a component is made
         os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # its import would look for new versions
+        # Gradio asks for matplotlib's backend, which takes a second to find unless it is named.
+        os.environ.setdefault("MPLBACKEND", "agg")
         sessions = Sessions()
         page = _launch(models, sessions, place, Path(folder))
         try:
@@ -95,4 +97,4 @@ def own_names() -> Sequence[str]:
 
     name = socket.gethostname().lower()
     short = name.partition(".")[0]
-    return list(dict.fromkeys([name, short, f"{short}.local", "localhost"]))
+    return list(dict.fromkeys([name, short, f"{short}.local"]))

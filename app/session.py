@@ -100,18 +100,18 @@ class Session:
 
 
 class Running:
-    """An answer under way: may be stopped before it has begun."""
+    """An answer under way, by one stream or several: may be stopped before it has begun."""
 
     def __init__(self) -> None:
         self.stopped = False
         self.ended = False
-        self._stream: Stream | None = None
+        self._streams: list[Stream] = []
         self._lock = threading.Lock()
 
     def attach(self, stream: Stream) -> None:
         """What `stop` closes. Closed at once where that was asked before."""
         with self._lock:
-            self._stream = stream
+            self._streams.append(stream)
             stopped = self.stopped
         if stopped:
             stream.close()
@@ -119,14 +119,14 @@ class Running:
     def stop(self) -> None:
         with self._lock:
             self.stopped = True
-            stream = self._stream
-        if stream is not None:
+            streams = list(self._streams)
+        for stream in streams:
             stream.close()
 
     def end(self) -> None:
         """Nothing more comes."""
         self.ended = True
-        self._stream = None
+        self._streams = []
 
 
 class Sessions:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator
 from contextlib import ExitStack
 from dataclasses import dataclass, fields, replace
@@ -25,7 +26,8 @@ from qwen3vl_mlx.demo.scenes import make_scene
 from qwen3vl_mlx.errors import EngineClosedError, InputError, Qwen3VLError
 from qwen3vl_mlx.tasks import parse_document
 
-SHAPES, WORD = 437, 57  # seeds of scenes that every model knows
+_RENDER_SEC = 0.4  # between two pictures of a document that grows
+SHAPES, WORD = 355, 57  # seeds of scenes that every model knows
 _NO_PICTURE = "Give a picture first: drop one here, or take an example."
 
 
@@ -107,14 +109,18 @@ class TaskHandlers:
             gr.Info("One answer at a time: stop this one first.")
             return
         told = ""
-        yield {parts.run: gr.update(visible=False), parts.stop: gr.update(visible=True)}
+        last: dict[Any, Any] = {}
+        yield {
+            parts.run: gr.update(visible=False),
+            parts.stop: gr.update(visible=True),
+            parts.status: "Reading the picture …",
+        }
         try:
             if session.picture is None:
                 raise InputError(_NO_PICTURE)
             task = task_called(title)
             async for note in loading(self.models, running):
                 yield {parts.status: note}
-            yield {parts.status: "Reading the picture …"}
             with self.models.lease() as model:
                 questions = asked(task, model.wording, subject, schema, question)
                 settings = Settings.of(values)
@@ -122,6 +128,7 @@ class TaskHandlers:
                     model, session, running, task, questions, settings
                 ):
                     told = note or told
+                    last.update(shown)
                     yield {parts.status: told, **shown}
         except EngineClosedError:
             told = "Stopped: the app is being closed."
@@ -129,7 +136,9 @@ class TaskHandlers:
             told = f"⚠ {error}"
         finally:
             running.end()
+        # All of it once more: a page that was still being laid out may have missed some.
         yield {
+            **last,
             parts.status: told,
             parts.run: gr.update(visible=True),
             parts.stop: gr.update(visible=False),
@@ -202,16 +211,23 @@ class TaskHandlers:
                 stream = stack.enter_context(await asyncio.to_thread(begin))
                 running.attach(stream)
                 begun.append((stream, Turn(prompt)))
-            turns = [turn for _, turn in begun]
+            turns, rendered = [turn for _, turn in begun], 0.0
             for stream, turn in begun:
                 async for numbers in follow(stream, turn):
+                    render = bool(numbers) or time.monotonic() - rendered > _RENDER_SEC
+                    rendered = time.monotonic() if render else rendered
                     note = numbers or ("Thinking …" if turn.reasoning and not turn.answer else "")
-                    finding, shown = self._shown(task, turns, finding, image.size)
+                    finding, shown = self._shown(task, turns, finding, image.size, render)
                     session.found = finding
                     yield " ".join(filter(None, (turn.note, note))), shown
 
     def _shown(
-        self, task: Task, turns: list[Turn], before: Finding, size: tuple[int, int]
+        self,
+        task: Task,
+        turns: list[Turn],
+        before: Finding,
+        size: tuple[int, int],
+        render: bool,
     ) -> tuple[Finding, dict[Any, Any]]:
         """What the answers say so far."""
         parts = self.parts
@@ -225,8 +241,12 @@ class TaskHandlers:
             document = parse_document(answer, form)  # type: ignore[arg-type]
             code = gr.update(value=document, language=form)
             if form == "html":
-                return before, {parts.html: framed(document, "The document"), parts.source: code}
-            return before, {parts.markdown: document, parts.source: code}
+                page = framed(document, "The document") if render else gr.skip()
+                return before, {parts.html: page, parts.source: code}
+            return before, {
+                parts.markdown: document if render else gr.skip(),
+                parts.source: code,
+            }
         places = parse([turn.answer for turn in turns], size, points=task.asks == "point")
         finding = replace(before, places=tuple(places))
         if finding.places == before.places and not turns[-1].note:
@@ -275,8 +295,9 @@ def build_tasks(
     for trigger in (run.click, subject.submit, question.submit):
         trigger(handlers.run, asks, parts.all, **answer)
     stop.click(handlers.stop, None, None, **event, queue=False)
-    parts.found.input(handlers.highlight, parts.found, parts.drawn, **event)
-    parts.drawn.select(handlers.click, None, [parts.drawn, parts.found], **event)
+    last: dict[str, Any] = {**event, "trigger_mode": "always_last"}  # else quick keys are lost
+    parts.found.input(handlers.highlight, parts.found, parts.drawn, **last)
+    parts.drawn.select(handlers.click, None, [parts.drawn, parts.found], **last)
 
 
 def _build_question() -> tuple[Any, ...]:
@@ -322,8 +343,8 @@ def _build_answer() -> tuple[Any, ...]:
         )  # fmt: skip
     with gr.Column() as found_area:
         drawn = gr.Image(
-            label="Found", show_label=False, interactive=False, format="png", type="pil", elem_id="drawn",
-            buttons=["download", "fullscreen"],
+            label="Found", show_label=False, interactive=False, format="png", type="pil",
+            elem_id="drawn", buttons=["download", "fullscreen"],
         )  # fmt: skip
         found = gr.Radio(
             [], label="Highlight: choose one, or click in the picture", visible=False,
