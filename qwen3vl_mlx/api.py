@@ -372,6 +372,7 @@ class Qwen3VL(PictureTasks):
         It loads bit-equal here, and in mlx-vlm. force replaces an existing checkpoint. Raises
         InputError, or OutputError where the disk does not take it; then nothing is changed.
         """
+        check_not_forked()
         from qwen3vl_mlx.saving import save_model
 
         save_model(self.model, self.source, Path(folder).expanduser(), force, progress)

@@ -30,8 +30,8 @@ _EPILOG = """examples:
   qwen3vl ask "What changed?" before.png after.png
   cat page.png | qwen3vl ask "Read the text." -
   screencapture -ic && qwen3vl ask --clipboard "What does this error mean?"
-  qwen3vl ask --schema '{"type": "object", "properties": {"total": {"type": "number"}}}' \\
-    "What is the total?" receipt.jpg
+  qwen3vl ask --schema receipt.json "What was bought?" receipt.jpg
+  qwen3vl ask --regex '[0-9]+[.][0-9]{2}' "What is the total?" receipt.jpg
   pbpaste | qwen3vl ask --prompt - notes.png       the question from stdin
 
 A server that runs on this machine answers at once, without loading the model:
@@ -111,6 +111,8 @@ def ask(args: argparse.Namespace) -> None:
         with answerer.stream(question) as chunks:
             for chunk in chunks:
                 printer.show(chunk)
+        if question.grammar is not None or question.response_format is not None:
+            printer.check_whole()
     finally:
         printer.erase_note()
         answerer.close()
@@ -129,7 +131,7 @@ def read_question(args: argparse.Namespace) -> Question:
         prompt = sys.stdin.read().strip()
     if prompt is not None and not prompt.strip():
         raise InputError("the question is empty; leave it out to have the picture described")
-    images: list[ImageSource] = [_from_stdin() if each == "-" else each for each in sources]
+    images: list[ImageSource] = [_picture(source) for source in sources]
     if args.clipboard:
         from qwen3vl_mlx.media_clipboard import clipboard_image
 
@@ -138,6 +140,11 @@ def read_question(args: argparse.Namespace) -> Question:
         if not images:
             raise InputError("nothing to answer: give a question, a picture or both (see --help)")
         prompt = question_options.default_prompt(len(images))
+    elif not images and _SUFFIX.search(prompt):
+        raise InputError(
+            f"{prompt!r} ends as a picture's name, and no such picture was given; give it as a "
+            "word of its own after the question"
+        )
     return Question(
         prompt,
         tuple(images),
@@ -162,6 +169,25 @@ def _is_picture(word: str) -> bool:
         return Path(word).expanduser().is_file()
     except (OSError, RuntimeError, ValueError):  # too long, unknown ~user, a null character
         return False
+
+
+def _picture(source: str) -> ImageSource:
+    """A picture of the command line: stdin read, a path seen to be there. Raises InputError."""
+    if source == "-":
+        return _from_stdin()
+    if source.lower().startswith(_STARTS):
+        return source
+    path = Path(source)
+    try:
+        there = path.expanduser().exists()
+    except (OSError, RuntimeError, ValueError):  # too long, unknown ~user, a null character
+        there = False
+    if not there:
+        raise InputError(
+            f"no such file: {source[:200]}; the question comes first, then pictures by path or "
+            "URL, in quotes where a path has spaces"
+        )
+    return path
 
 
 def _from_stdin() -> bytes:

@@ -19,7 +19,7 @@ from typing import IO, Any
 from urllib.parse import urlsplit
 
 from qwen3vl_mlx.engine.output import Chunk, Usage
-from qwen3vl_mlx.errors import InputError, QueueFullError, Qwen3VLError
+from qwen3vl_mlx.errors import InputError, QueueFullError, Qwen3VLError, TooLargeError
 from qwen3vl_mlx.folders import default_socket
 
 SERVER_VARIABLE = "QWEN3VL_SERVER"
@@ -27,7 +27,7 @@ API_KEY_VARIABLE = "QWEN3VL_API_KEY"
 
 _CONNECT_SEC = 3.0
 _SILENCE_SEC = 60.0  # the server says something every ten seconds, if only that it is there
-_CALLERS_FAULT = (400, 404, 405, 413, 415, 422)
+_CALLERS_FAULT = (400, 404, 405, 415, 422)
 _LOADING = "model_loading"
 
 
@@ -62,15 +62,23 @@ def find_server(given: str | None = None) -> Server | None:
         return None
     if "://" not in named:
         return _at_socket(Path(named).expanduser())
-    url = urlsplit(named)
+    try:
+        url = urlsplit(named)
+        named_well = bool(url.hostname) and url.port != 0
+    except ValueError:  # brackets or a port that are none
+        raise _no_address(named) from None
     if url.scheme == "unix":
         return _at_socket(Path(url.path))
     below = url.path.rstrip("/")
-    if url.scheme not in ("http", "https") or not url.hostname or below not in ("", "/v1"):
-        raise InputError(
-            f"{named!r} is no server's address; give http://HOST:PORT, or the path of its socket"
-        )
+    if url.scheme not in ("http", "https") or not named_well or below not in ("", "/v1"):
+        raise _no_address(named)
     return Server(f"{url.scheme}://{url.netloc}", api_key=os.environ.get(API_KEY_VARIABLE))
+
+
+def _no_address(named: str) -> InputError:
+    return InputError(
+        f"{named!r} is no server's address; give http://HOST:PORT, or the path of its socket"
+    )
 
 
 def _at_socket(path: Path) -> Server:
@@ -130,21 +138,29 @@ def _request(
     if server.api_key:
         headers["Authorization"] = f"Bearer {server.api_key}"
     try:
-        data = None if body is None else json.dumps(body).encode()
-        with suppress(BrokenPipeError):  # it answered before it had read all, and says why
-            connection.request(method, path, data, headers)
-        response = connection.getresponse()
-        if response.status != 200:
-            raise _refusal(server, response.status, response.read())
+        with _gone_if_broken(server):
+            data = None if body is None else json.dumps(body).encode()
+            with suppress(BrokenPipeError):  # it answered before it had read all, and says why
+                connection.request(method, path, data, headers)
+            response = connection.getresponse()
+            if response.status != 200:
+                raise _refusal(server, response.status, response.read())
         yield response
+    finally:
+        connection.close()
+
+
+@contextmanager
+def _gone_if_broken(server: Server) -> Iterator[None]:
+    """Around what is done with the connection alone: the caller's own errors are its own."""
+    try:
+        yield
     except (OSError, http.client.HTTPException) as error:
         problem = error.strerror if isinstance(error, OSError) and error.strerror else error
         raise ServerGoneError(
             f"the server at {server.address} does not answer ({problem or type(error).__name__}); "
             "start it with `qwen3vl serve --socket`, or give --no-server"
         ) from error
-    finally:
-        connection.close()
 
 
 def _refusal(server: Server, status: int, body: bytes) -> Qwen3VLError:
@@ -155,6 +171,8 @@ def _refusal(server: Server, status: int, body: bytes) -> Qwen3VLError:
         message, code = f"status {status}: no answer that can be read", None
     if code == _LOADING:
         return ServerLoadingError(message)
+    if status == 413:
+        return TooLargeError(message)
     if status in _CALLERS_FAULT:
         return InputError(message)
     if status == 429:
@@ -164,7 +182,7 @@ def _refusal(server: Server, status: int, body: bytes) -> Qwen3VLError:
 
 def served_models(server: Server) -> list[str]:
     """Names of the model that a server runs, its own first. Raises Qwen3VLError."""
-    with _request(server, "GET", "/v1/models") as response:
+    with _request(server, "GET", "/v1/models") as response, _gone_if_broken(server):
         found = json.loads(response.read())
     return [str(model["id"]) for model in found["data"]]
 
@@ -196,7 +214,7 @@ def _chunks(server: Server, lines: IO[bytes] | http.client.HTTPResponse) -> Iter
     """Server-sent events to chunks. The last comes when the usage has come, after the end."""
     ending: dict[str, Any] | None = None
     thought, answered = False, False
-    for event in _events(lines):
+    for event in _events(server, lines):
         if "error" in event:
             raise Qwen3VLError(f"the server at {server.address} says: {event['error']['message']}")
         for choice in event["choices"]:
@@ -213,8 +231,14 @@ def _chunks(server: Server, lines: IO[bytes] | http.client.HTTPResponse) -> Iter
     raise ServerGoneError(f"the server at {server.address} broke off in the middle of the answer")
 
 
-def _events(lines: IO[bytes] | http.client.HTTPResponse) -> Iterator[dict[str, Any]]:
-    for line in lines:
+def _events(
+    server: Server, lines: IO[bytes] | http.client.HTTPResponse
+) -> Iterator[dict[str, Any]]:
+    while True:
+        with _gone_if_broken(server):
+            line = lines.readline()
+        if not line:
+            return
         if line.startswith(b"data: ") and line.strip() != b"data: [DONE]":
             yield json.loads(line[6:])
 

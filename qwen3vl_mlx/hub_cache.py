@@ -1,8 +1,8 @@
 """The Hub's cache on disk: repositories, their snapshots, and which of these were fetched by us.
 
-The layout is the Hub library's: `models--OWNER--NAME/{blobs,refs,snapshots/COMMIT}`. Beside these a
-folder of ours has an empty file for every commit this package downloaded: a note that moves and
-goes with what it is about, so that it never claims what another program fetched later.
+The layout is the Hub library's: `models--OWNER--NAME/{blobs,refs,snapshots/COMMIT}`. The folder of
+a commit that this package downloaded holds an empty hidden file: a note that moves and goes with
+what it is about, so that it never claims what another program fetched later.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-_NOTES = "qwen3vl_mlx"
+_NOTE = ".qwen3vl_mlx"
 
 
 @dataclass(frozen=True)
@@ -41,13 +41,12 @@ class CachedRepo:
 
     def was_downloaded_here(self, commit: str) -> bool:
         """Whether this package fetched the weights of a commit, by its own note."""
-        return (self.folder / _NOTES / commit).is_file()
+        return self._note(commit).is_file()
 
     def forget(self, commit: str) -> None:
         """Take back the note that a commit was fetched by this package."""
         with suppress(OSError):
-            (self.folder / _NOTES / commit).unlink()
-            (self.folder / _NOTES).rmdir()  # where it was the last
+            self._note(commit).unlink()
 
     @contextmanager
     def noting(self) -> Iterator[None]:
@@ -59,8 +58,10 @@ class CachedRepo:
             # Without the note the owner is asked once more before a removal: no error.
             with suppress(OSError):
                 for commit in self._weighty() - before:
-                    (self.folder / _NOTES).mkdir(exist_ok=True)
-                    (self.folder / _NOTES / commit).touch()
+                    self._note(commit).touch()
+
+    def _note(self, commit: str) -> Path:
+        return self.folder / "snapshots" / commit / _NOTE
 
     def _weighty(self) -> set[str]:
         return {path.name for path in self.snapshots() if any(path.glob("*.safetensors"))}

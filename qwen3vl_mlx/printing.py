@@ -7,6 +7,8 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from qwen3vl_mlx.errors import Qwen3VLError
+
 if TYPE_CHECKING:
     from qwen3vl_mlx.engine.output import Chunk, Usage
 
@@ -40,6 +42,16 @@ class Printer:
             sys.stderr.write("\r\033[K")
             sys.stderr.flush()
             self.waiting = False
+
+    def check_whole(self) -> None:
+        """Raise Qwen3VLError where an answer that was to have a form ended before its end."""
+        reason = self.chunks[-1].finish_reason if self.chunks else None
+        if reason not in (None, "stop", "tool_calls", "cancelled"):
+            raise Qwen3VLError(
+                f"the answer has not the form that was asked for: it was cut off ({reason}); raise "
+                "--max-tokens, or ask for less (with a JSON schema, set additionalProperties to "
+                "false)"
+            )
 
     def note(self, text: str) -> None:
         self.erase_note()

@@ -75,14 +75,14 @@ class Service:
 
 @dataclass(frozen=True)
 class Status:
-    """What there is of a service: pid and last_exit by launchd, model by its socket."""
+    """What there is of a service: pid and last_exit by launchd, model by its server."""
 
     label: str
     installed: bool
     running: bool
     pid: int | None
     last_exit: str | None
-    socket: str
+    address: str
     answers: bool
     model: str | None
     log: str
@@ -133,21 +133,31 @@ def act(args: argparse.Namespace, home: Path, platform: str, run: Run) -> None:
         definition = define(service, args.serve or SERVE, sys.executable, os.environ)
         if args.dry_run or not has_launchd:
             print_plan(service, definition, has_launchd)
+            tell_not_done(has_launchd, "installed")
         else:
             install(service, definition, run)
     elif args.command == "remove":
         if args.dry_run or not has_launchd:
             print(f"launchctl bootout {service.target}\nrm {shlex.quote(str(service.plist))}")
+            tell_not_done(has_launchd, "removed")
         else:
             remove(service, run)
     else:
         tell_status(find_status(service, run if has_launchd else None), as_json=args.json)
 
 
+def tell_not_done(has_launchd: bool, what: str) -> None:
+    """Say on stderr that what was printed was not done."""
+    why = "this was a dry run" if has_launchd else "launchd is macOS's, and this is another system"
+    print(f"note: nothing was {what}: {why}", file=sys.stderr)
+
+
 def define(service: Service, serve: Sequence[str], python: str, environment: Any) -> dict[str, Any]:
     """The agent, as launchd.plist(5) has it. Raises InputError for options `serve` would refuse."""
     check_serve_options(serve)
     variables = {name: environment[name] for name in _PASSED_ON if environment.get(name)}
+    if Path(model := variables.get("QWEN3VL_MODEL", "demo")).is_dir():
+        variables["QWEN3VL_MODEL"] = os.path.abspath(model)
     definition: dict[str, Any] = {
         "Label": service.label,
         "ProgramArguments": [python, "-m", _MODULE, *serve],
@@ -155,7 +165,7 @@ def define(service: Service, serve: Sequence[str], python: str, environment: Any
         "KeepAlive": {"SuccessfulExit": False},
         "ThrottleInterval": _RESTART_SEC,
         "ProcessType": "Interactive",  # somebody waits for its answers
-        "WorkingDirectory": str(service.home),
+        "WorkingDirectory": os.getcwd(),  # relative paths among the options mean the same there
         "StandardOutPath": str(service.log),
         "StandardErrorPath": str(service.log),
     }
@@ -184,8 +194,6 @@ def check_serve_options(serve: Sequence[str]) -> None:
 
 def print_plan(service: Service, definition: dict[str, Any], has_launchd: bool) -> None:
     """What `install` does, for people to read or to do themselves."""
-    if not has_launchd:
-        print("launchd is macOS's, and this is another system; there it would do:\n")
     print(f"write {service.plist}:\n")
     print(plistlib.dumps(definition, sort_keys=False).decode())
     print("run:")
@@ -276,11 +284,11 @@ def find_status(service: Service, run: Run | None) -> Status:
     pairs = (line.partition("=") for line in said.splitlines())
     fields = {name.strip(): value.strip() for name, _, value in pairs}
     pid = fields.get("pid", "")
-    socket = socket_of(service)
-    model, answers = None, client.listens(socket)
+    server = server_of(service)
+    model, answers = None, server.socket is None or client.listens(server.socket)
     if answers:
         try:
-            model = client.served_models(client.Server(str(socket), socket))[0]
+            model = client.served_models(server)[0]
         except Qwen3VLError:
             answers = False
     return Status(
@@ -289,21 +297,29 @@ def find_status(service: Service, run: Run | None) -> Status:
         running=fields.get("state") == "running",
         pid=int(pid) if pid.isdecimal() else None,
         last_exit=fields.get("last exit code"),
-        socket=str(socket),
+        address=server.address,
         answers=answers,
         model=model,
         log=str(service.log),
     )
 
 
-def socket_of(service: Service) -> Path:
-    """The socket that the installed agent listens on, or the default one."""
+def server_of(service: Service) -> client.Server:
+    """Where the installed agent listens; without one, the socket that `ask` looks for."""
+    from qwen3vl_mlx.server.arguments import parser as serve_parser
+    from qwen3vl_mlx.server.options import ServerOptions
+
+    key = os.environ.get(client.API_KEY_VARIABLE)
     try:
         arguments = plistlib.loads(service.plist.read_bytes())["ProgramArguments"]
-        given = arguments[arguments.index("--socket") + 1]
+        args = serve_parser("qwen3vl serve").parse_args(arguments[arguments.index(_MODULE) + 1 :])
     except (OSError, ValueError, LookupError, TypeError, plistlib.InvalidFileException):
-        return default_socket()
-    return default_socket() if given.startswith("-") else Path(given).expanduser()
+        return client.Server(str(default_socket()), default_socket(), key)
+    if args.socket is None:
+        port = ServerOptions.port if args.port is None else args.port
+        return client.Server(f"http://localhost:{port}", api_key=key)
+    path = Path(args.socket).expanduser()
+    return client.Server(str(path), path, key)
 
 
 def tell_status(status: Status, *, as_json: bool) -> None:
@@ -311,15 +327,16 @@ def tell_status(status: Status, *, as_json: bool) -> None:
     if as_json:
         print(json.dumps(asdict(status)))
     else:
-        agent = "installed" if status.installed else "not installed (qwen3vl service install)"
+        agent = "installed" if status.installed else "not installed"
         if status.running:
             agent = f"runs, process {status.pid}"
         elif status.installed and status.last_exit is not None:
             agent += f", does not run; its last exit status: {status.last_exit}"
         print(f"service:  {status.label} {agent}")
-        print(f"socket:   {status.socket} {'answers' if status.answers else 'does not answer'}")
+        print(f"address:  {status.address} {'answers' if status.answers else 'does not answer'}")
         print(f"model:    {status.model or '-'}")
-        print(f"log:      {status.log}")
+        if status.installed:
+            print(f"log:      {status.log}")
     if not (status.running or status.answers):
         sys.stdout.flush()
         raise Qwen3VLError("no server runs")

@@ -24,7 +24,8 @@ decoded to its end; one that cannot is waited for, --patience seconds from its l
 that is there again under another name is a new one; one that is touched, or saved again with the
 same content, is not.
 
-What is there when a folder is first watched is left alone, or done with --existing. With --out that
+What is there when a folder is first watched is left alone while it keeps its size, or done with
+--existing. With --out that
 is remembered, in a hidden file beside the results: a watch that begins again does what came in the
 meantime, and nothing twice, however it was ended.
 

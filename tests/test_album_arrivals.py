@@ -208,3 +208,23 @@ def test_a_state_that_cannot_be_read_is_named(tmp_path: Path, content: str) -> N
 
 def test_pictures_know_where_they_were_found() -> None:
     assert Picture("/a", "b/c.png", "/x/c.png").place == "/a/b/c.png"
+
+
+def test_touching_what_was_there_first_makes_no_news(tmp_path: Path, clock: Clock) -> None:
+    path = paint(tmp_path / "old.png", 1)
+    stamp = stamp_at(str(path))
+    assert stamp is not None
+    arrivals = watching(tmp_path, {str(path): stamp})
+    os.utime(path, ns=(1, stamp.modified_ns + 10**9))
+    arrivals.see([str(path)])
+    clock.now += 1
+    assert whole(arrivals) == []
+    path.write_bytes(path.read_bytes() + b"more")
+    arrivals.see([str(path)])
+    clock.now += 1
+    assert whole(arrivals) == ["old.png"]
+
+
+@pytest.mark.parametrize("seconds", [-(10**12), 10**13])
+def test_times_of_no_calendar_are_no_fault(seconds: int) -> None:
+    assert Stamp(1, seconds * 10**9).modified == ""

@@ -146,7 +146,8 @@ def test_places_that_are_none(tmp_path: Path, out: str, words: str) -> None:
 
 
 @pytest.mark.parametrize("out", ["r.jsonl", "r.csv", "sidecar"])
-def test_one_run_at_a_time(tmp_path: Path, out: str) -> None:
+def test_one_run_at_a_time(tmp_path: Path, out: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("qwen3vl_mlx.album.sidecars._WAIT_SEC", 0.1)
     picture = picture_of(paint(tmp_path / "a.png"))
     where = out if out == "sidecar" else tmp_path / out
     first = opened(where)

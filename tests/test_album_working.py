@@ -24,6 +24,7 @@ from qwen3vl_mlx.errors import (
     InputError,
     QueueFullError,
     Qwen3VLError,
+    TooLargeError,
     TooLongError,
 )
 
@@ -415,3 +416,15 @@ def test_an_empty_folder_is_no_error(
     monkeypatch.setattr("qwen3vl_mlx.album.captioning.open_answerer", pytest.fail)
     assert run(tmp_path) == 0
     assert "no pictures were found (--recursive looks deeper)" in capsys.readouterr().err
+
+
+def test_pictures_too_large_for_a_server_hold_nobody_up(
+    album: Path, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However many there are in a row: the same words are no doubt about the run."""
+    refused = {number: TooLargeError("the body is longer than 5 bytes") for number in range(4)}
+    use(monkeypatch, Teller(failing(refused), at_once=1))
+    assert run(album, "--out", out) == 3
+    found = records(out)
+    assert len(found) == 12
+    assert sum("error" in record for record in found) == 4

@@ -115,7 +115,9 @@ def test_both_roads_give_one_answer(home: Path, server: Path, demo: Qwen3VL) -> 
         ([], b"", ["nothing to answer", "--help"]),
         (["  ", EXAMPLE], b"", ["empty"]),
         (["nowhere.PNG"], b"", ["nowhere.PNG"]),
-        ([BOTTOM, "nowhere.png"], b"", ["nowhere.png"]),
+        ([BOTTOM, "nowhere.png"], b"", ["nowhere.png", "question comes first"]),
+        ([EXAMPLE, BOTTOM], b"", [BOTTOM, "question comes first"]),
+        (["Describe my photo.jpg"], b"", ["my photo.jpg", "word of its own"]),
         ([BOTTOM, "-"], b"", ["stdin is empty"]),
         ([BOTTOM, "-", "-"], b"x", ["once"]),
         ([BOTTOM, "-"], b"GIF89a123", ["bytes", "GIF"]),
@@ -178,6 +180,40 @@ def test_a_server_is_asked_without_mlx(server: Path) -> None:
     command = [sys.executable, "-c", script, "ask", BOTTOM, str(EXAMPLE), "--temperature", "0"]
     done = subprocess.run(command, capture_output=True, text=True, env=environment(server))
     assert done.stdout.splitlines() == ["a red triangle", "[] 0"], done.stderr
+
+
+def test_an_answer_cut_off_has_not_its_form(road: tuple[Path, list[str]]) -> None:
+    home, options = road
+    asked = [BOTTOM, EXAMPLE, "--schema", json.dumps(SCHEMA), "--temperature", "0"]
+    done = qwen3vl("ask", *asked, "--max-tokens", "3", *options, home=home)
+    assert done.returncode == 1
+    assert "cut off (length)" in done.stderr
+    whole = qwen3vl("ask", *asked, *options, home=home)
+    assert (whole.returncode, json.loads(whole.stdout).keys()) == (0, {"colour"})
+
+
+def test_a_closed_reader_is_no_fault_of_the_server(road: tuple[Path, list[str]]) -> None:
+    home, options = road
+    command = [sys.executable, "-m", "qwen3vl_mlx.cli", "ask", str(EXAMPLE), *options]
+    line = f"{shlex.join(command)} | head -c 1 >/dev/null; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(
+        ["bash", "-c", line], capture_output=True, text=True, timeout=120, env=environment(home)
+    )
+    assert done.stderr == ""
+    assert done.returncode in (0, 141)  # it may have been quicker than its reader
+
+
+def test_a_full_disk_is_told_as_that(server: Path) -> None:
+    if not Path("/dev/full").exists():
+        pytest.skip("no such device here")
+    command = [sys.executable, "-m", "qwen3vl_mlx.cli", "ask", str(EXAMPLE)]
+    with open("/dev/full", "wb") as full:
+        done = subprocess.run(
+            command, stdout=full, stderr=subprocess.PIPE, text=True, env=environment(server)
+        )
+    assert done.returncode == 1
+    assert "space" in done.stderr
+    assert "server" not in done.stderr
 
 
 def test_ctrl_c_ends_the_answer_on_the_server(server: Path) -> None:

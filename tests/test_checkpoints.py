@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 from contextlib import suppress
@@ -248,9 +249,25 @@ def test_what_was_downloaded_here_is_noted_until_it_goes(cache: Cache) -> None:
     assert {path.name for path in repo.folder.iterdir()} == {"blobs", "refs", "snapshots"}
 
 
-def test_a_download_goes_on_where_no_note_can_be_made(cache: Cache) -> None:
+def test_what_another_program_fetched_again_is_not_claimed(cache: Cache) -> None:
+    """As `hf cache rm` and `hf download` leave it: the same commit in a folder of the same name."""
+    with cached_repo(REPO).noting():
+        snapshot = cache.add(REPO, qwen())
+    assert cached_repo(REPO).was_downloaded_here(snapshot.name)
+    shutil.rmtree(snapshot)
+    assert cache.add(REPO, qwen()) == snapshot
+    assert not any(each.downloaded_here for each in local_checkpoints())
+
+
+def test_a_download_goes_on_where_no_note_can_be_made(
+    cache: Cache, monkeypatch: pytest.MonkeyPatch
+) -> None:
     cache.add(REPO, qwen())
-    (cache.repo(REPO) / "qwen3vl_mlx").write_text("in the way")
+
+    def full(*_: object) -> None:
+        raise OSError("full")
+
+    monkeypatch.setattr(Path, "touch", full)
     with cached_repo(REPO).noting():
         cache.add(REPO, qwen(weights=b"other"), refs=())
     assert not any(each.downloaded_here for each in local_checkpoints())

@@ -35,7 +35,7 @@ def test_a_download_prints_its_folder_and_is_done_once(
     done = run("download", REPO)
     folder = Path(done.out.removesuffix("\n"))
     assert done.status == 0
-    assert {p.name: p.read_bytes() for p in folder.iterdir() if p.name != "README.md"} == files
+    assert {p.name: p.read_bytes() for p in folder.glob("[!.]*") if p.name != "README.md"} == files
     assert f"{REPO}: 2.01 MB in " in done.err
     (found,) = (each for each in local_checkpoints() if each.name == REPO)
     assert found.usable

@@ -28,6 +28,7 @@ if child == 0:
     actions = [
         lambda: model.generate("Hello"), lambda: load("demo"), lambda: model.logits("Hello"),
         lambda: model.requantize("4bit"), lambda: model.chat().send("Hello"),
+        lambda: model.save("nowhere"), lambda: model.detect("qwen3vl_mlx/demo/example.png", "star"),
     ]
     for action in actions:
         try:

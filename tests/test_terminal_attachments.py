@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
+from pathlib import Path
+
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
@@ -13,6 +16,7 @@ from qwen3vl_mlx.chat.attachments import (
     says_something,
     split_paths,
 )
+from qwen3vl_mlx.demo import EXAMPLE
 
 FILES = {
     "photo.png",
@@ -221,3 +225,14 @@ def test_the_path_being_typed(text: str, fragment: str | None) -> None:
 @pytest.mark.parametrize(("text", "says"), [("?", False), (" .,", False), ("é", True), ("3", True)])
 def test_punctuation_alone_is_no_question(text: str, says: bool) -> None:
     assert says_something(text) is says
+
+
+def test_a_file_that_is_no_picture_is_asked_about_in_words(tmp_path: Path) -> None:
+    script, scan = tmp_path / "script", tmp_path / "scan"
+    script.write_text("#!/bin/sh")
+    shutil.copy(EXAMPLE, scan)  # a picture without an ending
+    text = f"Is {script} like {scan} or {tmp_path}/gone?"
+    found = find_pictures(text)
+    assert found.sources == (str(scan),)
+    assert str(script) in found.text
+    assert found.missing == ()

@@ -116,7 +116,40 @@ def test_addresses(given: str, address: str | None, monkeypatch: pytest.MonkeyPa
         assert (found and found.address) == address
 
 
-@pytest.mark.parametrize("given", ["ftp://a", "http://", "http://a/other"])
+@pytest.mark.parametrize(
+    "given",
+    ["ftp://a", "http://", "http://a/other", "http://a:b", "http://[::1", "http://a:99999"],
+)
 def test_what_is_no_address_is_refused(given: str) -> None:
     with pytest.raises(InputError, match="address"):
         client.find_server(given)
+
+
+def test_two_that_start_at_once_never_share_a_socket(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both find that nobody listens, and only one may go on."""
+    path = tmp_path / "a.sock"
+    monkeypatch.setattr("qwen3vl_mlx.server.unix_socket.listens", lambda _: False)
+    with listen_at(path):
+        inode = path.stat().st_ino
+        with pytest.raises(Qwen3VLError, match="already"), listen_at(path):
+            pass
+        assert path.stat().st_ino == inode
+
+
+@pytest.mark.parametrize(
+    ("options", "large"), [(["--socket"], True), (["--socket", "--port", "0"], False), ([], False)]
+)
+def test_a_socket_alone_takes_what_is_taken_without_a_server(
+    options: list[str], large: bool
+) -> None:
+    from qwen3vl_mlx.media import MAX_SOURCE_PIXELS
+    from qwen3vl_mlx.server.arguments import parser
+    from qwen3vl_mlx.server.command import server_options
+
+    found = server_options(parser("serve").parse_args(options))
+    assert (found.max_image_pixels == MAX_SOURCE_PIXELS) is large
+    assert (found.max_body_bytes >= 2**30) is large
+    named = server_options(parser("serve").parse_args([*options, "--max-body", "5M"]))
+    assert named.max_body_bytes == 5 * 2**20

@@ -29,8 +29,10 @@ class Waiting:
 class Arrivals:
     """New and changed pictures below `roots`. Times are those of time.monotonic, in seconds.
 
-    known: files, by their path, that are to be left alone as they are. settle: how long a file is
-    to be left alone by others. patience: how long one that cannot be decoded is waited for.
+    known: files, by their path, that are to be left alone while they keep their size: touching them
+    makes no news, and nobody wants thousands of old files read for their digests. settle: how long
+    a file is to be left alone by others. patience: how long one that cannot be decoded is waited
+    for.
     """
 
     def __init__(
@@ -44,7 +46,8 @@ class Arrivals:
     ):
         self.roots = roots
         self.selection = selection
-        self.known = dict(known)
+        self.left_alone = dict(known)
+        self.known: dict[str, Stamp] = {}
         self.settle = settle
         self.patience = patience
         self.waiting: dict[str, Waiting] = {}
@@ -84,7 +87,10 @@ class Arrivals:
         if path in self.waiting or path in self.under_way:
             return
         stamp = stamp_at(path)
-        if stamp is not None and self.known.get(path) != stamp:
+        left = self.left_alone.get(path)
+        if stamp is None or (left is not None and left.size == stamp.size):
+            return
+        if self.known.get(path) != stamp:
             now = time.monotonic()
             self.waiting[path] = Waiting(picture, stamp, now, now + self.settle)
 
@@ -117,4 +123,5 @@ class Arrivals:
         """A file that was under way is done, as it was by `stamp`; what it became since is news."""
         each = self.under_way.pop(picture.path)
         self.known[picture.path] = stamp or each.stamp
+        self.left_alone.pop(picture.path, None)
         self._notice(picture)

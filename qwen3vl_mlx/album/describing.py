@@ -30,6 +30,7 @@ from qwen3vl_mlx.errors import (
     OutputError,
     QueueFullError,
     Qwen3VLError,
+    TooLargeError,
 )
 from qwen3vl_mlx.media import load_image
 from qwen3vl_mlx.media_decode import HEAD_BYTES, check_format
@@ -227,6 +228,8 @@ def fault_of(error: Exception, data: bytes, name: str) -> tuple[str, Exception |
         except ImageError as fault:
             return str(fault), None
     problem = " ".join(str(error).split())
+    if isinstance(error, TooLargeError):  # for a server's limits
+        return problem, None
     if not isinstance(error, Qwen3VLError):
         problem = f"{type(error).__name__}: {problem}"
     return problem, error

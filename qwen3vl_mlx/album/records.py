@@ -35,7 +35,10 @@ class Stamp:
     def modified(self) -> str:
         """In UTC, to the nanosecond: spreadsheets leave such text alone."""
         seconds, rest = divmod(self.modified_ns, 10**9)
-        when = datetime.fromtimestamp(seconds, timezone.utc)
+        try:
+            when = datetime.fromtimestamp(seconds, timezone.utc)
+        except (ValueError, OverflowError, OSError):  # some disks have times of no calendar
+            return ""
         return f"{when:%Y-%m-%dT%H:%M:%S}.{rest:09d}Z"
 
 

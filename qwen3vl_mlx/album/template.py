@@ -31,7 +31,10 @@ def _taken(context: Context) -> str:
 
 
 def _date(context: Context) -> str:
-    return f"{context.facts.taken or datetime.fromtimestamp(context.modified):%Y-%m-%d}"
+    try:
+        return f"{context.facts.taken or datetime.fromtimestamp(context.modified):%Y-%m-%d}"
+    except (ValueError, OverflowError, OSError):  # some disks have times of no calendar
+        return ""
 
 
 def _gps(context: Context) -> str:

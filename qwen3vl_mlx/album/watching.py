@@ -91,7 +91,8 @@ def _watch(work: Work, arrivals: Arrivals, results: Results, progress: Progress)
                 if not work.crew.busy:
                     work.finish()  # nothing comes that would clear a doubt
     except KeyboardInterrupt:
-        progress.note(f"ended; {progress.done - progress.failed} pictures were described")
+        described = progress.done - progress.failed
+        progress.note(f"ended; described {described} picture{'s' * (described != 1)}")
 
 
 def _begin(work: Work, arrivals: Arrivals, results: Results) -> None:

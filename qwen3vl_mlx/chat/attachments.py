@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from itertools import chain
 from urllib.parse import unquote, urlsplit
 
+from qwen3vl_mlx.media_decode import HEAD_BYTES, format_of
+
 EXTENSIONS = (
     *("avif", "bmp", "dib", "gif", "heic", "heics", "heif", "heifs", "hif", "jfif", "jpe"),
     *("jpeg", "jpg", "png", "tif", "tiff", "webp"),
@@ -57,7 +59,21 @@ def is_file(path: str) -> bool:
         return False
 
 
-def find_pictures(text: str, exists: Callable[[str], bool] = is_file) -> Found:
+def may_be_picture(path: str) -> bool:
+    """`is_file`, and for a name that does not say so, whether it begins as a picture does.
+
+    People ask about `/bin/sh` in words.
+    """
+    if not is_file(path) or _is_picture(path):
+        return is_file(path)
+    try:
+        with open(os.path.expanduser(path), "rb") as file:
+            return format_of(file.read(HEAD_BYTES)) is not None
+    except OSError:
+        return False
+
+
+def find_pictures(text: str, exists: Callable[[str], bool] = may_be_picture) -> Found:
     """Take the pictures out of a text.
 
     A picture is a file or http(s) URL with a picture's extension, or any file that is named with

@@ -138,16 +138,14 @@ def _add_pictures(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--max-image-pixels",
         type=int,
-        default=_DEFAULTS.max_image_pixels,
         metavar="N",
-        help="of a picture as it is sent (%(default)s)",
+        help=f"of a picture as it is sent ({_DEFAULTS.max_image_pixels}, more on a socket alone)",
     )
     group.add_argument(
         "--max-download",
         type=size,
-        default=_DEFAULTS.max_download_bytes,
         metavar="SIZE",
-        help="of a picture by URL or path (32MB)",
+        help="of a picture by URL or path (32MB, or 512MB on a socket alone)",
     )
 
 
@@ -162,9 +160,8 @@ def _add_requests(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--max-body",
         type=size,
-        default=_DEFAULTS.max_body_bytes,
         metavar="SIZE",
-        help="of a request (64MB)",
+        help="of a request (64MB, or 1GB on a socket alone)",
     )
     group.add_argument(
         "--truncate-sequence",

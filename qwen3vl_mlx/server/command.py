@@ -14,12 +14,20 @@ from typing import TYPE_CHECKING
 
 from qwen3vl_mlx import cli
 from qwen3vl_mlx.errors import InputError
+from qwen3vl_mlx.media import MAX_SOURCE_PIXELS
 from qwen3vl_mlx.server.arguments import API_KEY_VARIABLE, parser
 from qwen3vl_mlx.server.options import ServerOptions
 
 if TYPE_CHECKING:
     from qwen3vl_mlx.api import Qwen3VL
     from qwen3vl_mlx.engine.engine import EngineOptions
+
+# Of a socket alone, where only the owner's own commands ask: what they take without a server.
+_OWNERS = ServerOptions(
+    max_image_pixels=MAX_SOURCE_PIXELS,
+    max_download_bytes=512 * 2**20,
+    max_body_bytes=2**30,
+)
 
 
 def server_options(args: argparse.Namespace) -> ServerOptions:
@@ -36,6 +44,7 @@ def server_options(args: argparse.Namespace) -> ServerOptions:
         port = ServerOptions.port
     if port is not None and not 0 <= port < 2**16:
         raise InputError(f"--port must be 0 to 65535, got {args.port}")
+    defaults = ServerOptions() if port is not None else _OWNERS
     for name in ("max_images", "max_image_pixels", "max_pixels", "max_body", "max_download"):
         value = getattr(args, name)
         if value is not None and value < 1:
@@ -54,10 +63,10 @@ def server_options(args: argparse.Namespace) -> ServerOptions:
         image_roots=image_roots(args.image_root, local),
         allow_private_urls=args.allow_private_urls,
         max_images=args.max_images,
-        max_image_pixels=args.max_image_pixels,
+        max_image_pixels=args.max_image_pixels or defaults.max_image_pixels,
         max_pixels=args.max_pixels,
-        max_download_bytes=args.max_download,
-        max_body_bytes=args.max_body,
+        max_download_bytes=args.max_download or defaults.max_download_bytes,
+        max_body_bytes=args.max_body or defaults.max_body_bytes,
         timeout=args.timeout,
         truncate=args.truncate_sequence,
         unknown_fields=args.unknown_fields,

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from qwen3vl_mlx.client import listens
@@ -24,11 +25,42 @@ def listen_at(path: Path) -> Iterator[socket.socket]:
     """
     if len(os.fsencode(path)) > _LONGEST:
         raise InputError(f"--socket {path}: a socket's path has at most {_LONGEST} bytes")
-    if listens(path):
-        raise Qwen3VLError(f"a server listens at {path} already: stop it, or name another --socket")
+    with ExitStack() as stack:
+        try:
+            make_private(path.parent)
+            stack.enter_context(_claimed(path))
+        except OSError as error:
+            raise InputError(f"--socket {path}: {error.strerror or error}") from error
+        if listens(path):
+            raise _taken(path)
+        yield stack.enter_context(_bound(path))
+
+
+def _taken(path: Path) -> Qwen3VLError:
+    return Qwen3VLError(f"a server listens at {path} already: stop it, or name another --socket")
+
+
+@contextmanager
+def _claimed(path: Path) -> Iterator[None]:
+    """Keep other servers off: two that start at once would replace each other's socket.
+
+    The lock's file stays; it is the lock that counts. Raises OSError, Qwen3VLError.
+    """
+    lock = os.open(path.with_name(f"{path.name}.lock"), os.O_RDWR | os.O_CREAT, 0o600)
+    try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise _taken(path) from None
+        yield
+    finally:
+        os.close(lock)
+
+
+@contextmanager
+def _bound(path: Path) -> Iterator[socket.socket]:
     made = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
-        make_private(path.parent)
         if path.is_socket() and path.stat().st_uid == os.getuid():
             path.unlink()
         mask = os.umask(0o177)  # nobody can connect between the making and a chmod
