@@ -172,7 +172,8 @@ def test_nobody_is_logged_in(
 
 
 def read(folder: Path) -> Files:
-    files = (path for path in folder.rglob("*") if path.is_file())
+    """A folder's files, but for the hidden note of who downloaded them."""
+    files = (path for path in folder.rglob("[!.]*") if path.is_file())
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
 
 
