@@ -128,7 +128,7 @@ def interrupt(
             while any(job.handle._items for job in model.engine.scheduler._jobs()):
                 time.sleep(0.001)
             signal.pthread_kill(main, signal.SIGINT)
-            go_on.wait()
+            go_on.wait(30)  # a test that fails before it says so must not hold up the others
         return forward(self, *args)
 
     monkeypatch.setattr(DecoderLayer, "__call__", pressed)
