@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -418,3 +419,38 @@ def nameless(tab: Tab) -> list[str]:
         .map(e => e.outerHTML.slice(0, 200))"""
     )
     return found
+
+
+# Other ways in, by which a browser hands files over.
+GIVE = """async ([selector, kind, data, name, type]) => {
+  const bytes = Uint8Array.from(atob(data), c => c.charCodeAt(0));
+  const transfer = new DataTransfer();
+  transfer.items.add(new File([bytes], name, {type}));
+  const target = document.querySelector(selector);
+  if (kind === "paste")
+    target.dispatchEvent(new ClipboardEvent("paste", {clipboardData: transfer, bubbles: true}));
+  else
+    for (const each of ["dragenter", "dragover", "drop"])
+      target.dispatchEvent(new DragEvent(each, {dataTransfer: transfer, bubbles: true,
+        cancelable: true}));
+}"""
+
+
+@pytest.mark.parametrize("kind", ["paste", "drop"])
+def test_pictures_are_pasted_and_dragged(tab: Tab, kind: str) -> None:
+    target = "#box textarea"
+    data = base64.b64encode(SCENE.read_bytes()).decode()
+    tab.page.evaluate(GIVE, [target, kind, data, "scene.png", "image/png"])
+    until(lambda: tab.page.locator("#box .thumbnail-item").count() == 1)
+    assert tab.ask(QUESTION) == TRUTH
+
+
+def test_a_photo_of_a_phone_is_shown_and_seen(tab: Tab, tmp_path: Path) -> None:
+    """HEIC, which this browser does not know."""
+    heif = pytest.importorskip("pillow_heif")
+    path = tmp_path / "IMG_1.HEIC"
+    heif.from_pillow(load_image(SCENE).resize((384, 768))).save(path, quality=95)
+    assert tab.ask("What color is the star?", path) == "purple"
+    shown = tab.page.locator("#conversation .user.message img")
+    shown.wait_for()
+    assert shown.evaluate("image => image.decode().then(() => image.naturalHeight)") == 768
