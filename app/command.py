@@ -188,11 +188,7 @@ def wish_of(args: argparse.Namespace) -> Wish:
     from qwen3vl_mlx import hub
 
     model = args.model or hub.default_model()
-    hub.local_folder(model, args.revision)
-    if args.topology is not None and args.quantize is None:
-        raise InputError("--topology holds exceptions: say from what, with --quantize 4bit")
-    if args.topology is not None and not Path(args.topology).is_file():
-        raise InputError(f"--topology {args.topology}: no such file")
+    cli.check_model(args, model)
     return Wish(model, args.revision, args.quantize, args.topology)
 
 

@@ -68,6 +68,24 @@ def add_quantize(
     group.add_argument("--topology", metavar="FILE", help="YAML file of exceptions to --quantize")
 
 
+def check_model(args: argparse.Namespace, model: str) -> None:
+    """Tell of wrong names before anything waits for the model. Raises Qwen3VLError.
+
+    args: with the options of `add_quantize`, and revision.
+    """
+    from qwen3vl_mlx import hub
+    from qwen3vl_mlx.errors import InputError
+    from qwen3vl_mlx.quant.recipes import parse_recipe
+
+    hub.local_folder(model, args.revision)
+    if args.quantize is not None and args.quantize.strip().lower() != "auto":
+        parse_recipe(args.quantize, num_layers=1)
+    if args.topology is not None and args.quantize is None:
+        raise InputError("--topology holds exceptions: say from what, with --quantize 4bit")
+    if args.topology is not None and not os.path.isfile(args.topology):
+        raise InputError(f"--topology {args.topology}: no such file")
+
+
 def size(nbytes: int) -> str:
     """Bytes for people: `5.15 MB`, `1.86 GB`."""
     return f"{nbytes / 1e9:.2f} GB" if nbytes >= 1e9 else f"{nbytes / 1e6:.2f} MB"

@@ -141,22 +141,6 @@ def engine_options(args: argparse.Namespace) -> EngineOptions:
     return EngineOptions(**{name: value for name, value in given.items() if value is not None})
 
 
-def check_model(args: argparse.Namespace, model: str) -> None:
-    """Tell of wrong names now, and not by every request. Raises Qwen3VLError."""
-    from qwen3vl_mlx import hub
-    from qwen3vl_mlx.quant.recipes import parse_recipe
-
-    hub.local_folder(model, args.revision)
-    if args.draft is not None:
-        hub.local_folder(args.draft)
-    if args.quantize is not None and args.quantize.strip().lower() != "auto":
-        parse_recipe(args.quantize, num_layers=1)
-    if args.topology is not None and args.quantize is None:
-        raise InputError("--topology holds exceptions: say from what, with --quantize 4bit")
-    if args.topology is not None and not Path(args.topology).is_file():
-        raise InputError(f"--topology {args.topology}: no such file")
-
-
 def main(argv: Sequence[str] | None = None, prog: str = "python -m qwen3vl_mlx.server") -> int:
     """Run the server until it is stopped. Returns the exit status."""
     args = parser(prog).parse_args(argv)
@@ -182,7 +166,9 @@ def serve(args: argparse.Namespace) -> None:
     model = args.model or hub.default_model()
     # Pillow has one for every bad tag of a TIFF file.
     warnings.filterwarnings("ignore", category=UserWarning, module="PIL")
-    check_model(args, model)
+    cli.check_model(args, model)
+    if args.draft is not None:
+        hub.local_folder(args.draft)
     engine = engine_options(args)
 
     def load() -> Qwen3VL:
