@@ -172,7 +172,7 @@ def kind_of_text(text: str, *, on_disk: bool = True) -> TextKind:
         if word == "data":
             return "data"
         return "file" if word == "file" else "other URL"
-    if on_disk and os.path.exists(os.path.expanduser(text)):
+    if on_disk and os.path.exists(_expanded(text)):
         return "path"
     compact = "".join(text[: HEAD_BYTES * 4 // 3].split())
     head = _decode_base64(_pieces(compact[: len(compact) // 4 * 4]))
@@ -196,7 +196,7 @@ def read_bytes(
     if isinstance(source, (bytes, bytearray, memoryview)):
         return bytes(source)
     if isinstance(source, os.PathLike):
-        return _read_file(os.path.expanduser(os.fsdecode(source)), name)
+        return _read_file(_expanded(os.fsdecode(source)), name)
     if not isinstance(source, str):
         raise ImageError(f"a {name} is not an image source; expected {_SOURCES}")
     kind = kind_of_text(source)
@@ -207,7 +207,7 @@ def read_bytes(
     if kind == "file":
         return _read_file(path_of_file_url(source.strip(), name), name)
     if kind == "path":
-        return _read_file(os.path.expanduser(source), name)
+        return _read_file(_expanded(source), name)
     return decode_text(source, kind, name)
 
 
@@ -288,6 +288,14 @@ def path_of_file_url(url: str, name: str) -> str:
     if parts.netloc not in ("", "localhost"):
         raise ImageError(f"{name} names another host; expected file:///path (three slashes)")
     return unquote(parts.path)
+
+
+def _expanded(path: str) -> str:
+    """The path with `~` or `~user` at its beginning written out, where that is possible."""
+    try:
+        return os.path.expanduser(path)
+    except ValueError:  # no user's name holds a NUL
+        return path
 
 
 def _read_file(path: str, name: str) -> bytes:

@@ -16,7 +16,7 @@ from urllib.parse import quote
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from pictures import ALPHA, NOISE, UPRIGHT, encode, exif, pixels
 from PIL import Image
@@ -190,6 +190,7 @@ def test_permission_denied() -> None:
 
 
 @given(st.text() | st.text("abcXYZ019+/=-_ \n", min_size=1, max_size=3000))
+@example("~\0")
 @settings(max_examples=200, deadline=None)
 def test_any_text_is_refused_with_an_image_error(text: str) -> None:
     with pytest.raises(ImageError):
