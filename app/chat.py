@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -191,16 +191,19 @@ async def loading(models: Models, running: Running) -> AsyncIterator[str]:
 
 
 def ask_model(
-    model: Qwen3VL, messages: list[dict[str, Any]], settings: Settings, **options: Any
+    model: Qwen3VL,
+    messages: list[dict[str, Any]],
+    settings: Settings,
+    sampling: Mapping[str, Any] | None = None,
+    response_format: Mapping[str, Any] | None = None,
 ) -> Stream:
-    """Begin an answer. Raises InputError."""
-    sampling = {**settings.sampling, **options.pop("sampling", {})}
+    """Begin an answer. sampling goes before that of the settings. Raises InputError."""
     return model.stream(
         messages,
-        sampling=sampling,
+        sampling={**settings.sampling, **(sampling or {})},
+        response_format=response_format,
         min_pixels=settings.min_pixels,
         max_pixels=settings.max_pixels,
-        **options,
     )
 
 

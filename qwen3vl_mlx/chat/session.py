@@ -32,7 +32,7 @@ class Asked:
 
 @dataclass
 class Totals:
-    """Sums over the answers of this session."""
+    """Sums over the answers since the program began."""
 
     answers: int = 0
     stopped: int = 0  # by the person, before their end
