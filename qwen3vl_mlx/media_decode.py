@@ -39,8 +39,7 @@ _MAX_SEGMENTS = 10_000
 _PIECE = 2**20  # bytes searched at a time: other threads get their turn in between
 _JPEG_MARKER = re.compile(rb"\xff([^\0\xd0-\xd7\xff])")  # not inside the coded pixels
 
-# What Pillow's parsers raise on malformed files.
-_MALFORMED = (
+MALFORMED = (
     OSError,
     SyntaxError,
     ValueError,
@@ -53,6 +52,7 @@ _MALFORMED = (
     struct.error,
     zlib.error,
 )
+"""What Pillow's parsers raise on malformed files."""
 
 
 class _Whole(io.BytesIO):
@@ -138,7 +138,7 @@ def open_encoded(data: bytes, name: str, max_source_pixels: int) -> PIL.Image.Im
         return Image.OPEN[form][0](_Whole(data), "")
     except ImageError:
         raise
-    except (*_MALFORMED, Image.DecompressionBombError) as err:
+    except (*MALFORMED, Image.DecompressionBombError) as err:
         raise _damaged(name, form, err) from err
 
 
@@ -261,7 +261,7 @@ def upright_rgb(picture: PIL.Image.Image, name: str) -> PIL.Image.Image:
         upright = rgb if turn is None else rgb.transpose(turn)
     except ImageError:
         raise
-    except (*_MALFORMED, Image.DecompressionBombError) as err:
+    except (*MALFORMED, Image.DecompressionBombError) as err:
         raise _damaged(name, picture.format, err) from err
     upright.info.clear()  # else whoever reads the orientation next turns the picture again
     return upright
@@ -313,7 +313,7 @@ def _turn_upright(picture: PIL.Image.Image) -> PIL.Image.Transpose | None:
 
     try:
         orientation = picture.getexif().get(0x0112)
-    except _MALFORMED:
+    except MALFORMED:
         return None
     turns = {
         2: Image.Transpose.FLIP_LEFT_RIGHT,

@@ -7,14 +7,13 @@ is for others to say.
 from __future__ import annotations
 
 import math
-import struct
 from dataclasses import dataclass
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
 from qwen3vl_mlx.errors import ImageError
 from qwen3vl_mlx.media import MAX_SOURCE_PIXELS
-from qwen3vl_mlx.media_decode import HEAD_BYTES, format_of, open_encoded
+from qwen3vl_mlx.media_decode import HEAD_BYTES, MALFORMED, format_of, open_encoded
 
 if TYPE_CHECKING:
     import PIL.Image
@@ -24,17 +23,6 @@ _ORIENTATION, _MAKE, _MODEL = 0x0112, 0x010F, 0x0110
 _EXIF_IFD, _GPS_IFD = 0x8769, 0x8825
 _TAKEN = (0x9003, 0x9004)  # DateTimeOriginal, DateTimeDigitized
 _LATITUDE_REF, _LATITUDE, _LONGITUDE_REF, _LONGITUDE = 1, 2, 3, 4
-# What Pillow raises on malformed EXIF.
-_MALFORMED = (
-    OSError,
-    SyntaxError,
-    ValueError,
-    TypeError,
-    LookupError,
-    ArithmeticError,
-    RuntimeError,
-    struct.error,
-)
 
 
 @dataclass(frozen=True)
@@ -59,7 +47,7 @@ def read_facts(data: bytes) -> Facts:
             # Newer Pillows turn the size of a TIFF before its pixels are read.
             upright = picture.format == "TIFF" and picture.width == _tag(exif, _ROWS)
             width, height = picture.size
-    except (*_MALFORMED, ImageError, ImportError):
+    except (*MALFORMED, ImageError, ImportError):
         return Facts()
     if not upright and _tag(exif, _ORIENTATION) in (5, 6, 7, 8):
         width, height = height, width
@@ -92,21 +80,21 @@ def _exif_of(picture: PIL.Image.Image) -> PIL.Image.Exif:
     try:
         # Not the method of PNG, which decodes all pixels to see whether EXIF follows them.
         return Image.Image.getexif(picture)
-    except _MALFORMED:
+    except MALFORMED:
         return Image.Exif()
 
 
 def _tag(exif: PIL.Image.Exif, tag: int) -> Any:
     try:
         return exif.get(tag)
-    except _MALFORMED:
+    except MALFORMED:
         return None
 
 
 def _ifd(exif: PIL.Image.Exif, tag: int) -> dict[int, Any]:
     try:
         return dict(exif.get_ifd(tag))
-    except _MALFORMED:
+    except MALFORMED:
         return {}
 
 
@@ -138,7 +126,7 @@ def _degrees(value: Any, ref: object, negative: str, most: int) -> float | None:
     """Degrees, minutes and seconds to degrees; None for what is none, such as 0/0."""
     try:
         degrees, minutes, seconds = (float(part) for part in value)
-    except _MALFORMED:
+    except MALFORMED:
         return None
     total = degrees + minutes / 60 + seconds / 3600
     if not (math.isfinite(total) and 0 <= total <= most):
