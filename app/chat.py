@@ -14,7 +14,7 @@ import gradio as gr
 
 from app.models import Models
 from app.pictures import read_pictures
-from app.session import Running, Session, Sessions, Turn
+from app.session import ONE_AT_A_TIME, Running, Session, Sessions, Turn
 from app.settings import Settings
 from app.show import messages_of, statistics, turn_of
 from qwen3vl_mlx import Qwen3VL, Stream
@@ -25,7 +25,6 @@ Outputs: TypeAlias = "tuple[Any, Any, Any]"
 
 _PACE_SEC = 0.04  # between two pictures of an answer that grows: quicker is not seen
 _LOADING_SEC = 0.5  # a look at how the loading goes
-
 
 _NOTES = {
     "cancelled": "Stopped.",
@@ -56,7 +55,7 @@ class Chat:
             return
         running = session.begin("chat")
         if running is None:
-            gr.Info("One answer at a time: stop this one first.")
+            gr.Info(ONE_AT_A_TIME)
             return
         try:
             read = await asyncio.to_thread(read_pictures, files, self.folder)
@@ -64,6 +63,7 @@ class Chat:
                 for problem in read.problems:
                     gr.Warning(problem, title="This file cannot be used", duration=None)
                 # What was typed stays, and so do the pictures that are fine.
+                running.end()  # before the box may be sent again
                 yield gr.skip(), {"text": text, "files": list(read.good)}, gr.skip()
                 return
             turn = Turn(text or _question(len(read.pictures)), read.pictures)
@@ -105,6 +105,8 @@ class Chat:
         place = turn_of(session.turns, _place(event.index))
         running = None if place is None else session.begin("chat")
         if place is None or running is None:
+            if place is not None:
+                gr.Info(ONE_AT_A_TIME)
             return gr.skip(), gr.skip(), gr.skip()
         taken = session.turns[place]
         session.turns = session.turns[:place]
@@ -128,6 +130,8 @@ class Chat:
         number = turn_of(session.turns, place)
         running = None if number is None or text == "" else session.begin("chat")
         if number is None or running is None:
+            if number is not None and text != "":
+                gr.Info(ONE_AT_A_TIME)
             yield messages_of(session.turns), gr.skip(), gr.skip()
             return
         try:
@@ -172,6 +176,7 @@ class Chat:
             turn.note = "Stopped: the app is being closed."
         except Qwen3VLError as error:
             turn.note, turn.failed = str(error), True
+        running.end()  # before the page takes the next question
         yield messages_of(session.turns), box_update(busy=False), numbers or gr.skip()
 
 

@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 
 Part: TypeAlias = Literal["chat", "task"]
 
+ONE_AT_A_TIME = "One answer at a time: stop this one first."
+"""What a click is answered that comes while `Session.begin` refuses."""
+
 _KEEP_SEC = 3600.0  # a laptop that slept, or a network that was gone, finds its conversation again
 
 

@@ -18,7 +18,7 @@ from app.finding import EVERYTHING, Finding, parse
 from app.models import Models
 from app.pictures import read_pictures
 from app.sanitize import framed
-from app.session import Running, Session, Sessions, Turn
+from app.session import ONE_AT_A_TIME, Running, Session, Sessions, Turn
 from app.settings import Settings
 from app.show import LATEX
 from app.tasks import SCHEMA, TASKS, Task, asked, pretty, task_called
@@ -106,7 +106,7 @@ class TaskHandlers:
         parts, session = self.parts, self.sessions.of(str(request.session_hash))
         running = session.begin("task")
         if running is None:
-            gr.Info("One answer at a time: stop this one first.")
+            gr.Info(ONE_AT_A_TIME)
             return
         told = ""
         last: dict[Any, Any] = {}

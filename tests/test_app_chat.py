@@ -120,9 +120,11 @@ def test_retry_and_edit_ask_again_with_the_pictures_of_the_turn(tab: Tab) -> Non
     assert tab.answered() == TRUTH
     assert tab.questions() == [QUESTION]
     assert tab.page.locator("#conversation .user.message img").count() == 1
+    session = one_session(tab)
+    first = session.turns[0]
     tab.page.get_by_role("button", name="Retry").last.click()
-    tab.page.locator("#box .stop-button").or_(tab.page.locator("#box .submit-button")).wait_for()
-    assert tab.answered() == TRUTH
+    until(lambda: session.turns[0] is not first and session._running["chat"].ended)
+    assert tab.answered() == session.turns[0].answer == TRUTH
     tab.page.get_by_role("button", name="Undo").last.click()
     until(lambda: tab.page.locator("#box textarea").input_value() == QUESTION)
     assert tab.page.locator("#box .thumbnail-item").count() == 1
