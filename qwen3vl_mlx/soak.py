@@ -25,7 +25,8 @@ import mlx.core as mx
 from qwen3vl_mlx import cli
 from qwen3vl_mlx.api import Qwen3VL
 from qwen3vl_mlx.bench_measure import another_engine, max_rss_bytes
-from qwen3vl_mlx.demo.scenes import Question, is_correct, make_scene, questions
+from qwen3vl_mlx.demo.questions import Question, is_correct, questions
+from qwen3vl_mlx.demo.scenes import make_scene
 from qwen3vl_mlx.engine.engine import EngineOptions
 from qwen3vl_mlx.engine.output import collect
 from qwen3vl_mlx.engine.request import Stream

@@ -12,7 +12,8 @@ import pytest
 
 from qwen3vl_mlx import Qwen3VL
 from qwen3vl_mlx.demo import EXAMPLE
-from qwen3vl_mlx.demo.scenes import is_correct, make_scene, questions
+from qwen3vl_mlx.demo.questions import is_correct, questions
+from qwen3vl_mlx.demo.scenes import make_scene
 
 DATA = Path(__file__).parent / "data"
 DRAWN: list[dict[str, Any]] = json.loads((DATA / "demo_scenes_transformers.json").read_text())

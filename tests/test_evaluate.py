@@ -24,7 +24,8 @@ from qwen3vl_mlx import api
 from qwen3vl_mlx import evaluate as command
 from qwen3vl_mlx.api import Qwen3VL, load
 from qwen3vl_mlx.demo import CHECKPOINT, EXAMPLE
-from qwen3vl_mlx.demo.scenes import Question, Scene, is_correct, make_scene, questions
+from qwen3vl_mlx.demo.questions import Question, is_correct, questions
+from qwen3vl_mlx.demo.scenes import Scene, make_scene
 from qwen3vl_mlx.errors import InputError, WeightsError
 from qwen3vl_mlx.models.positions import rope_index
 from qwen3vl_mlx.processing.prompt import Prompt

@@ -15,7 +15,8 @@ from asking import QUESTION, about
 from PIL.Image import Image
 
 from qwen3vl_mlx.api import Qwen3VL, load
-from qwen3vl_mlx.demo.scenes import Scene, make_scene, questions
+from qwen3vl_mlx.demo.questions import questions
+from qwen3vl_mlx.demo.scenes import Scene, make_scene
 
 SAME_SIZE = (40051, 40060, 40092, 40107)  # 192 x 128
 SIZES = (40116, 40013, 40027, 40031)  # 96 x 320, 160 x 96, 96 x 96, 128 x 224

@@ -18,12 +18,23 @@ from PIL import Image, ImageChops
 
 from qwen3vl_mlx.demo import CHECKPOINT, EXAMPLE
 from qwen3vl_mlx.demo import scenes as world
-from qwen3vl_mlx.demo.scenes import Label, Question, Scene, Shape, is_correct, make_scene, questions
+from qwen3vl_mlx.demo.questions import (
+    WORDINGS,
+    Question,
+    iou,
+    is_correct,
+    pair_questions,
+    questions,
+    read_boxes,
+    text_questions,
+)
+from qwen3vl_mlx.demo.scenes import Label, Scene, Shape, make_scene
 from qwen3vl_mlx.errors import InputError
 
 T = TypeVar("T")
 DATA = Path(__file__).parent / "data"
 SEEDS = range(300)
+OTHER_TASKS = {"which", "countin", "describein", "sum", "talk"}  # of two pictures, or of none
 EXAMPLE_SEED = 17901
 TRAINED = json.loads((DATA / "demo_answers.json").read_text())
 
@@ -153,7 +164,7 @@ def test_shapes_keep_to_their_places() -> None:
             assert 0 <= y0 < y1 <= height
             assert int((x0 + x1) / 2 / (width / 3)) == place % 3
             assert int((y0 + y1) / 2 / (height / 3)) == place // 3
-            assert all(world.iou(shape.bbox, o.bbox) == 0 for o in shapes if o is not shape)
+            assert all(iou(shape.bbox, o.bbox) == 0 for o in shapes if o is not shape)
 
 
 def test_text_is_where_its_box_says() -> None:
@@ -171,7 +182,7 @@ def test_text_is_where_its_box_says() -> None:
 
 
 def test_the_font_has_every_digit_and_letter() -> None:
-    font = world._font(40)
+    font = world.font_of(40)
     characters = "0123456789" + "".join(chr(c) + chr(c).lower() for c in range(ord("A"), 91))
     masks = {bytes(font.getmask(c)) for c in (*characters, "\N{SNOWMAN}")}
     assert len(masks) == len(characters) + 1  # none is drawn as the missing glyph
@@ -309,14 +320,79 @@ def test_questions_have_one_right_answer(every: bool) -> None:
                 assert q.truth == caption(scene)
             elif q.task in ("where", "whereall"):
                 named_in_question = [
-                    s for s in scene.shapes if f"the {s.color} {s.shape}" in q.question
+                    s for s in scene.shapes if re.search(rf'(the |"){s.name}[.?"]', q.question)
                 ]
                 shapes = scene.shapes if q.task == "whereall" else named_in_question
                 assert_boxes(q.truth, shapes, scene.size)
             else:
                 assert q.truth == answer(scene, q.question), q
             assert is_correct(q, q.truth)
-    assert set(tasks) == set(world.WORDINGS)
+    assert set(tasks) == set(WORDINGS) - OTHER_TASKS
+
+
+def test_pairs_have_one_right_answer() -> None:
+    tasks: Counter[str] = Counter()
+    for seed in range(0, 200, 2):
+        pair = [make_scene(seed + i, kind="shapes", wide=seed % 4 == 0) for i in range(2)]
+        asked = pair_questions(*pair)
+        assert asked == pair_questions(*pair)
+        for q in asked:
+            tasks[q.task] += 1
+            if match := re.fullmatch(r"Which image has (an? \w+ \w+)\?", q.question):
+                having = [
+                    i for i, scene in enumerate(pair, 1) if match[1] in map(named, scene.shapes)
+                ]
+                assert q.truth == f"Image {only(having)}"
+                continue
+            number = re.search(r"image (\d)[.?]$", q.question)
+            assert number
+            scene = pair[int(number[1]) - 1]
+            counted = q.question.startswith("How many shapes")
+            assert q.truth == (str(len(scene.shapes)) if counted else caption(scene))
+    assert set(tasks) == {"which", "countin", "describein"}
+
+
+def test_questions_of_no_picture() -> None:
+    asked = text_questions()
+    assert len({q.question for q in asked}) == len(asked)
+    assert {q.task for q in asked} == {"sum", "talk"}
+    for q in asked:
+        if match := re.fullmatch(r"What is (\d) \+ (\d)\?", q.question):
+            assert q.truth == str(int(match[1]) + int(match[2]))
+
+
+def test_wide_scenes_have_all_sizes() -> None:
+    sides: list[int] = []
+    for seed in SEEDS:
+        scene = make_scene(seed, wide=True)
+        assert scene == make_scene(seed, wide=True)
+        width, height = scene.size
+        sides += scene.size
+        for box in [s.bbox for s in scene.shapes] + ([scene.label.bbox] if scene.label else []):
+            assert 0 <= box[0] < box[2] <= width
+            assert 0 <= box[1] < box[3] <= height
+        for shape in scene.shapes:  # the middle of a shape is in the third its place names
+            x, y = ((shape.bbox[i] + shape.bbox[i + 2]) / 2 for i in (0, 1))
+            column, row = int(3 * x / width), int(3 * y / height)
+            if len(scene.shapes) > 1:
+                assert world.PLACES[3 * row + column] == shape.position
+    assert 64 <= min(sides) < 80
+    assert 540 < max(sides) <= 640
+
+
+def test_a_retouched_picture_shows_the_same() -> None:
+    sizes = set()
+    for seed in range(40):
+        picture = replace(make_scene(seed), noise=None).draw()
+        changed = world.retouch(picture, seed)
+        assert changed.tobytes() == world.retouch(picture, seed).tobytes()
+        factor = changed.width / picture.width
+        assert 0.79 < factor < 1.26
+        sizes.add(factor > 1)
+        difference = ImageChops.difference(changed.resize(picture.size), picture).convert("L")
+        mean = sum(i * n for i, n in enumerate(difference.histogram())) / math.prod(picture.size)
+        assert mean < 12
+    assert sizes == {True, False}
 
 
 def assert_boxes(truth: str, shapes: Any, size: tuple[int, int]) -> None:
@@ -382,7 +458,7 @@ def test_answers_are_judged(task: str, truth: str, given_answer: str, right: boo
     ],
 )
 def test_other_forms_hold_no_boxes(text: str) -> None:
-    assert world.read_boxes(text) == []
+    assert read_boxes(text) == []
 
 
 JSON = st.recursive(
@@ -398,7 +474,7 @@ JSON = st.recursive(
 
 @given(st.text() | JSON.map(json.dumps))
 def test_any_answer_can_be_judged(text: str) -> None:
-    for _, box in world.read_boxes(text):
+    for _, box in read_boxes(text):
         assert len(box) == 4
         assert all(0 <= v <= 1000 for v in box)
     assert not is_correct(Question("where", "?", ONE_BOX), text)

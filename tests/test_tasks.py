@@ -16,7 +16,8 @@ from PIL import Image
 
 import qwen3vl_mlx
 from qwen3vl_mlx.api import Qwen3VL
-from qwen3vl_mlx.demo.scenes import Scene, iou, make_scene
+from qwen3vl_mlx.demo.questions import iou
+from qwen3vl_mlx.demo.scenes import Scene, make_scene
 from qwen3vl_mlx.engine.output import Chunk, make_usage
 from qwen3vl_mlx.engine.request import Request
 from qwen3vl_mlx.errors import InputError

@@ -12,7 +12,7 @@ from converting import convert
 
 from qwen3vl_mlx.api import Qwen3VL, load
 from qwen3vl_mlx.demo import CHECKPOINT
-from qwen3vl_mlx.demo.scenes import WORDINGS
+from qwen3vl_mlx.demo.questions import WORDINGS
 from qwen3vl_mlx.errors import ConfigError, InputError
 from qwen3vl_mlx.tasks import TaskName, Wording, read_wording
 

@@ -23,7 +23,7 @@ import numpy.typing as npt
 
 from qwen3vl_mlx.api import load
 from qwen3vl_mlx.card import with_quality
-from qwen3vl_mlx.demo.scenes import is_correct
+from qwen3vl_mlx.demo.questions import is_correct
 from qwen3vl_mlx.errors import InputError
 from qwen3vl_mlx.loading import (
     effective_config,

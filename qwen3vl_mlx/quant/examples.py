@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from qwen3vl_mlx.demo.scenes import Question, Scene, make_scene, questions
+from qwen3vl_mlx.demo.questions import Question, questions
+from qwen3vl_mlx.demo.scenes import Scene, make_scene
 from qwen3vl_mlx.engine.request import Stream
 from qwen3vl_mlx.engine.sampling import SamplingParams
 from qwen3vl_mlx.errors import ImageError, InputError
