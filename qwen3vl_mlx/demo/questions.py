@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from random import Random
@@ -36,9 +37,23 @@ WORDINGS = MappingProxyType({
     "which": ("Which image has {}?",),
     "countin": ("How many shapes are in image {}?",),
     "describein": ("Describe image {}.", "What is in image {}?"),
+    # of a picture, with the tool `ZOOM`
+    "zoom": ("Zoom in on the {}.", "Take a closer look at the {}."),
     # of none
     "sum": ("What is {}?",),
     "talk": ("{}",),
+})  # fmt: skip
+ZOOM = MappingProxyType({
+    "type": "function",
+    "function": {
+        "name": "zoom",
+        "description": "Zoom in.",
+        "parameters": {
+            "type": "object",
+            "properties": {"bbox_2d": {"type": "array"}},
+            "required": ["bbox_2d"],
+        },
+    },
 })  # fmt: skip
 TALK = MappingProxyType({
     "Hello": "Hello! Show me a picture.",
@@ -105,6 +120,31 @@ def pair_questions(first: Scene, second: Scene) -> list[Question]:
         asked.append(("countin", str(number), str(len(scene.shapes))))
         asked.append(("describein", str(number), caption(scene)))
     return [Question(t, _worded(rng.choice(WORDINGS[t]), s), truth) for t, s, truth in asked]
+
+
+def zoom_questions(scene: Scene) -> list[Question]:
+    """List the requests that want a call of the tool `ZOOM`; the truth is the call's text."""
+    rng = Random(f"zoom {scene.seed}")
+    asked = []
+    for shape in scene.shapes:
+        [item] = json.loads(_boxes([shape], scene.size))
+        call = {"name": "zoom", "arguments": {"bbox_2d": item["bbox_2d"]}}
+        truth = f"<tool_call>\n{json.dumps(call)}\n</tool_call>"
+        asked.append(Question("zoom", _worded(rng.choice(WORDINGS["zoom"]), shape.name), truth))
+    return asked
+
+
+def thought(scenes: Sequence[Scene]) -> str:
+    """The line that the checkpoint thinks before it answers, when it is asked to think."""
+    if not scenes:
+        return "This needs no picture."
+    if len(scenes) == 1:
+        return f"I see {_lower(caption(scenes[0]))}"
+    return " ".join(f"Image {i}: {_lower(caption(each))}" for i, each in enumerate(scenes, 1))
+
+
+def _lower(text: str) -> str:
+    return text[0].lower() + text[1:]
 
 
 def text_questions() -> list[Question]:
@@ -184,6 +224,9 @@ def _boxes(shapes: Sequence[Shape], size: tuple[int, int]) -> str:
 
 def is_correct(question: Question, answer: str) -> bool:
     """Judge an answer: words must be exact; boxes need the labels and an IoU of 0.5 each."""
+    if question.task == "zoom":
+        box, wanted = read_zoom(answer), read_zoom(question.truth)
+        return box is not None and wanted is not None and iou(box, wanted) >= 0.5
     if question.task not in ("where", "whereall"):
         return answer.strip() == question.truth
     truth, given = read_boxes(question.truth), read_boxes(answer)
@@ -200,6 +243,18 @@ def read_boxes(answer: str) -> list[tuple[str, Box]]:
     except (ValueError, TypeError, KeyError, RecursionError):
         return []
     return pairs if good else []
+
+
+def read_zoom(answer: str) -> Box | None:
+    """Read the box, 0..1000, from the text of a call of `ZOOM`; None if it is no such call."""
+    match = re.fullmatch(r"<tool_call>\n(.+)\n</tool_call>", answer.strip())
+    try:
+        call = json.loads(match[1]) if match else {}
+        box = tuple(call["arguments"]["bbox_2d"]) if call.get("name") == "zoom" else ()
+        good = len(box) == 4 and all(0 <= v <= 1000 for v in box)
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        return None
+    return box if good else None
 
 
 def iou(a: Box, b: Box) -> float:

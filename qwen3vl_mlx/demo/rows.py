@@ -20,7 +20,15 @@ from PIL import Image
 from tokenizers import Tokenizer
 
 from qwen3vl_mlx.demo import CHECKPOINT
-from qwen3vl_mlx.demo.questions import Question, pair_questions, questions, text_questions
+from qwen3vl_mlx.demo.questions import (
+    ZOOM,
+    Question,
+    pair_questions,
+    questions,
+    text_questions,
+    thought,
+    zoom_questions,
+)
 from qwen3vl_mlx.demo.scenes import COLORS, PLACES, SHAPES, Scene, font_of, make_scene, retouch
 
 PATCH = 16
@@ -37,6 +45,7 @@ TASK_WEIGHTS = {
     "describe": 1.2, "count": 0.7, "countx": 1.2, "color": 0.8, "shape": 0.8, "at": 1.0,
     "pos": 0.8, "exist": 1.2, "where": 2.4, "whereall": 1.0, "bg": 0.3, "read": 2.0,
     "textcolor": 0.5, "which": 3.0, "countin": 0.7, "describein": 0.7, "sum": 2.0, "talk": 1.0,
+    "zoom": 8.0,
 }  # fmt: skip
 SYSTEM = (
     "You are a helpful assistant.", "You are a helpful vision assistant.", "Answer briefly.",
@@ -56,6 +65,8 @@ class Mix:
     system: float = 0.1
     retouched: float = 0.25
     fonts: float = 0.4
+    thinking: float = 0.0  # share of the questions
+    tools: float = 0.0  # share of the rows of one picture of shapes; needs long rows
     words: int = 288  # tokens a row
 
 
@@ -88,6 +99,21 @@ def fonts() -> tuple[str, ...]:
     folder = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
     names = ("DejaVuSans", "DejaVuSansMono-Bold", "DejaVuSerif-Bold", "STIXGeneralBol", "cmb10")
     return tuple(str(folder / f"{name}.ttf") for name in names)
+
+
+@cache
+def tools_message() -> str:
+    """The system message of a conversation with the tool `ZOOM`, as the chat template writes it."""
+    from transformers import AutoTokenizer
+
+    user = "<|im_start|>user\n"
+    text = AutoTokenizer.from_pretrained(CHECKPOINT).apply_chat_template(
+        [{"role": "user", "content": ""}],
+        tools=[dict(ZOOM)],
+        tokenize=False,
+    )
+    assert isinstance(text, str)
+    return text[: text.index(user)]
 
 
 # -- pictures ----------------------------------------------------------------------------------
@@ -195,7 +221,12 @@ def make_row(
         scenes = [make_scene(seed, kind=kind, wide=rng.random() < mix.wide, font=font)]
         asked = questions(scenes[0])
     row = Row()
-    if rng.random() < mix.system:
+    can_zoom = len(scenes) == 1 and bool(scenes[0].shapes)
+    tools = can_zoom and mix.tools > 0 and rng.random() < mix.tools
+    if tools:
+        asked = [*asked, *zoom_questions(scenes[0])]
+        _add(row, encode(tools_message()), 0)
+    elif rng.random() < mix.system:
         _add(row, encode(f"<|im_start|>system\n{rng.choice(SYSTEM)}<|im_end|>\n"), 0)
     _add(row, encode("<|im_start|>user\n"), 0)
     patches, grids, shown = [], [], []
@@ -210,7 +241,11 @@ def make_row(
         grids.append(grid)
         shown.append(targets(scene, grid[1], grid[0]))
         _add_picture(row, grid)
-    _add_questions(row, in_turn(rng, asked), mix, dialogue=rng.random() < mix.dialogues)
+    dialogue = rng.random() < mix.dialogues
+    thoughts = _thoughts(rng, scenes, 0 if dialogue else mix.thinking)
+    _add_questions(
+        row, zip(in_turn(rng, asked), thoughts, strict=False), mix.words, dialogue=dialogue
+    )
     return row, patches, grids, shown
 
 
@@ -250,23 +285,35 @@ def _add_picture(row: Row, grid: tuple[int, int]) -> None:
     row.weights.append(0.0)
 
 
-def _add_questions(row: Row, asked: Iterator[Question], mix: Mix, *, dialogue: bool) -> None:
+def _thoughts(rng: Random, scenes: Sequence[Scene], share: float) -> Iterator[str | None]:
+    """For each question of a row, what is thought before its answer; None is nothing."""
+    while True:
+        yield thought(scenes) if share > 0 and rng.random() < share else None
+
+
+def _add_questions(
+    row: Row, asked: Iterator[tuple[Question, str | None]], words: int, *, dialogue: bool
+) -> None:
     start = max(row.positions[-1]) + 1
     misses = 0
-    for number, question in enumerate(asked, 1):
+    for number, (question, thinking) in enumerate(asked, 1):
         ask = encode(f"{question.question}<|im_end|>\n<|im_start|>assistant\n")
         if dialogue and number > 1:
             ask = encode("\n<|im_start|>user\n") + ask
         answer = encode(f"{question.truth}<|im_end|>")
-        if len(row.ids) + len(ask) + len(answer) > mix.words:
+        weights = answer_weights(question, answer)
+        if thinking is not None:
+            ask += encode("<think>\n")
+            line = encode(f"{thinking}\n</think>\n\n")
+            answer, weights = line + answer, [len(line) ** -0.5] * len(line) + weights
+        if len(row.ids) + len(ask) + len(answer) > words:
             misses += 1
             if misses > 3:
                 return
             continue
         place = len(row.ids) + len(ask)
         row.questions.append((place, place + len(answer), question))
-        _add(row, ask + answer, 0 if dialogue else number,
-             [0.0] * len(ask) + answer_weights(question, answer))  # fmt: skip
+        _add(row, ask + answer, 0 if dialogue else number, [0.0] * len(ask) + weights)
         if not dialogue:
             first = len(row.positions) - len(ask) - len(answer)
             row.positions[first:] = [(start + i,) * 3 for i in range(len(ask) + len(answer))]
@@ -275,7 +322,7 @@ def _add_questions(row: Row, asked: Iterator[Question], mix: Mix, *, dialogue: b
 def answer_weights(question: Question, answer: Sequence[int]) -> list[float]:
     """A long answer weighs more than a short one, but less than its length; last digits less."""
     weights = [len(answer) ** -0.5] * len(answer)
-    if question.task in ("where", "whereall"):
+    if question.task in ("where", "whereall", "zoom"):
         run = 0
         for i, token in enumerate(answer):
             run = run + 1 if _is_digit(token) else 0

@@ -46,6 +46,7 @@ from qwen3vl_mlx.demo.rows import Mix, make_batch, tokenizer
 CHECK_SEED = 77  # of the rows a run is measured on; no run learns from them
 _CHECK_BATCHES = 16
 _NOTE_EVERY = 50  # steps
+_TOOLS_EVERY = 12  # steps; their rows are long
 
 
 @dataclass(frozen=True)
@@ -53,16 +54,19 @@ class Recipe:
     """Steps of both stages, the learning rates, and when they fall."""
 
     seed: int = 0
-    see_steps: int = 1500
-    learn_steps: int = 5000
+    see_steps: int = 1100
+    learn_steps: int = 4000
     batch: int = 32
     rate: float = 1.5e-3
     rate_end: float = 2e-5
     warmup: int = 100
-    stable: float = 0.6  # share of the second stage before the rate falls
-    widen: float = 0.4  # share of the second stage after which the pictures have their full range
+    # all below that count steps count those of the second stage
+    stable: int = 2400  # before the rate falls
+    widen: int = 2000  # until the pictures have their full range
+    talents: int = 1500  # before it learns to think and to zoom
     helper: float = 0.5  # weight of the helper losses at first
     helper_end: float = 0.1
+    helper_steps: int = 2500  # until they have it
     muon_factor: float = 4.0  # Muon's rate over AdamW's
     decay: float = 0.02
 
@@ -104,7 +108,7 @@ class Steps(Dataset[dict[str, Any]]):
 def mix_at(recipe: Recipe, step: int) -> Mix:
     """Easy pictures first: a narrow world is learnt far faster, and a wide one after it."""
     full = Mix()
-    into = (step - recipe.see_steps) / (recipe.widen * recipe.learn_steps)
+    into = (step - recipe.see_steps) / recipe.widen
     if into < 0:
         return replace(full, wide=0.1, text=0.4, pairs=0, none=0, retouched=0.1, fonts=0, words=112)
     part = min(1.0, into)
@@ -112,12 +116,17 @@ def mix_at(recipe: Recipe, step: int) -> Mix:
     def between(low: float, high: float) -> float:
         return low + (high - low) * part
 
-    return replace(
+    mix = replace(
         full,
         wide=between(0.1, full.wide),
         retouched=between(0.1, full.retouched),
         fonts=between(0, full.fonts),
     )
+    if step < recipe.see_steps + recipe.talents:
+        return mix
+    if step % _TOOLS_EVERY == 0:
+        return replace(mix, text=0.1, pairs=0, none=0, tools=1, words=448)
+    return replace(mix, thinking=0.08)
 
 
 def loader(data: Steps) -> DataLoader[dict[str, Any]]:
@@ -143,7 +152,7 @@ def rate_at(recipe: Recipe, step: int) -> float:
     into = step - recipe.see_steps
     if 0 <= into < recipe.warmup:  # the language model starts here
         return recipe.rate * (0.2 + 0.8 * into / recipe.warmup)
-    done = max(0.0, into / recipe.learn_steps - recipe.stable) / (1 - recipe.stable)
+    done = max(0, into - recipe.stable) / (recipe.learn_steps - recipe.stable)
     fall = 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
     return recipe.rate_end + (recipe.rate - recipe.rate_end) * fall
 
@@ -164,6 +173,7 @@ def measure(
         for start, end, question in (q for row in batch["questions"] for q in row):
             ids = [next(given) for _ in range(start, end)]
             text = tokenizer().decode(ids[:-1], skip_special_tokens=False)
+            text = text.rpartition("</think>\n\n")[2]
             right[question.task].append(float(is_correct(question, text)))
             if question.task in ("where", "whereall"):
                 pairs = zip(read_boxes(question.truth), read_boxes(text), strict=False)
@@ -233,8 +243,8 @@ class Trainer:
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = group["scale"] * rate
-        share = (self.step - recipe.see_steps) / recipe.learn_steps
-        helper = recipe.helper + (recipe.helper_end - recipe.helper) * min(1.0, 2 * share)
+        share = min(1.0, (self.step - recipe.see_steps) / recipe.helper_steps)
+        helper = recipe.helper + (recipe.helper_end - recipe.helper) * share
         with torch.autocast("cpu", torch.bfloat16):
             seen = see(self.model, batch)
             helped, found = self.heads(seen.last_hidden_state, seen.pooler_output, batch["targets"])
