@@ -15,11 +15,13 @@ from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
 from statistics import fmean
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from qwen3vl_mlx import cli
 from qwen3vl_mlx.demo.questions import (
     WORDINGS,
+    ZOOM,
     Question,
     iou,
     is_correct,
@@ -27,11 +29,15 @@ from qwen3vl_mlx.demo.questions import (
     questions,
     read_boxes,
     text_questions,
+    zoom_questions,
 )
 from qwen3vl_mlx.demo.scenes import PILLOW_FONT, Scene, make_scene, retouch
+from qwen3vl_mlx.demo.thinking import write_twin
 
 if TYPE_CHECKING:
     from PIL import Image
+
+    from qwen3vl_mlx.engine.output import Completion
 
 FIRST_SEED = 7_000_000  # far from those of the training
 MAX_TOKENS = 200
@@ -91,7 +97,7 @@ def held_out(
         wide = seed % 4 == 0
         first, second = (make_scene(seed + i, kind="shapes", wide=wide) for i in range(2))
         if missing - {*_PAIR_TASKS, *_TEXT_TASKS}:
-            take(questions(first), (show(first),), 2)
+            take([*questions(first), *zoom_questions(first)], (show(first),), 2)
         if missing & {*_PAIR_TASKS}:
             take(pair_questions(first, second), (show(first), show(second)), 2)
         if missing & {*_TEXT_TASKS, "describe", "bg"}:
@@ -119,11 +125,21 @@ def library_answers(
                         images=each.images,
                         temperature=0,
                         max_tokens=MAX_TOKENS,
+                        tools=[dict(ZOOM)] if each.question.task == "zoom" else None,
                     )
                 )
                 for each in asked[start : start + 16]
             ]
-            yield from (collect(stream).text for stream in streams)
+            yield from (_said(collect(stream)) for stream in streams)
+
+
+def _said(completion: Completion) -> str:
+    """What was said after any thoughts, with tool calls as they are written."""
+    calls = [
+        f'<tool_call>\n{{"name": "{call.name}", "arguments": {call.arguments}}}\n</tool_call>'
+        for call in completion.tool_calls
+    ]
+    return completion.text + "\n".join(calls)
 
 
 def reference_answers(asked: Sequence[Asked], model: Path, guesses: Sequence[str]) -> Iterator[str]:
@@ -132,7 +148,13 @@ def reference_answers(asked: Sequence[Asked], model: Path, guesses: Sequence[str
 
     reference = Reference(model)
     for each, guess in zip(asked, guesses, strict=True):
-        yield reference.answer(each.images, each.question.question, MAX_TOKENS, guess)
+        yield reference.answer(
+            each.images,
+            each.question.question,
+            MAX_TOKENS,
+            guess=guess,
+            zoom=each.question.task == "zoom",
+        )
 
 
 def scores(asked: Sequence[Asked], answers: Sequence[str]) -> list[Score]:
@@ -180,6 +202,7 @@ def parser(prog: str) -> argparse.ArgumentParser:
     )
     p.add_argument("--retouched", action="store_true", help="pictures resized and saved as JPEG")
     p.add_argument("--other-font", action="store_true", help="texts in a font it never saw")
+    p.add_argument("--thinking", action="store_true", help="ask through the Thinking template")
     p.add_argument("--reference", action="store_true", help="ask transformers too, in float32")
     p.add_argument("--json", action="store_true", help="print one JSON object")
     p.add_argument("--debug", action="store_true", help="show tracebacks")
@@ -198,11 +221,16 @@ def run(args: argparse.Namespace) -> None:
         raise InputError(f"--questions must be at least 1, got {args.questions}")
     if args.reference and (args.quantize or args.dtype != "float32"):
         raise InputError("--reference answers in float32; leave out --quantize and --dtype")
+    if args.reference and args.thinking:
+        raise InputError("--reference answers without thoughts; leave out --thinking")
     folder = hub.resolve(args.model)
     asked = held_out(
         args.questions, retouched=args.retouched, other_font=args.other_font, tasks=tasks
     )
-    given = shown(library_answers(asked, folder, args.quantize, args.dtype), len(asked), "library")
+    with TemporaryDirectory() as place:
+        asking = write_twin(Path(place) / "thinking", folder) if args.thinking else folder
+        answers = library_answers(asked, asking, args.quantize, args.dtype)
+        given = shown(answers, len(asked), "library")
     reference = (
         shown(reference_answers(asked, folder, given), len(asked), "transformers")
         if args.reference

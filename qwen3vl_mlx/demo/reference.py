@@ -12,6 +12,7 @@ from transformers import AutoModelForImageTextToText, AutoTokenizer
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from qwen3vl_mlx.demo import CHECKPOINT
+from qwen3vl_mlx.demo.rows import tools_message
 
 
 class Reference:
@@ -24,8 +25,10 @@ class Reference:
         settings.pop("image_processor_type")  # the class of the torchvision processor
         self.processor = Qwen2VLImageProcessorPil(**settings)
 
-    def inputs(self, images: Sequence[Image.Image], question: str) -> dict[str, torch.Tensor]:
-        """One user message: the pictures, then the question; there is no system message."""
+    def inputs(
+        self, images: Sequence[Image.Image], question: str, *, zoom: bool = False
+    ) -> dict[str, torch.Tensor]:
+        """One user message: the pictures, then the question. zoom: with the tool `ZOOM`."""
         inputs: dict[str, torch.Tensor] = {}
         shown = ""
         if images:
@@ -34,7 +37,8 @@ class Reference:
             for grid in pixels["image_grid_thw"]:
                 pads = int(grid.prod()) // self.processor.merge_size**2
                 shown += f"<|vision_start|>{'<|image_pad|>' * pads}<|vision_end|>"
-        prompt = f"<|im_start|>user\n{shown}{question}<|im_end|>\n<|im_start|>assistant\n"
+        system = tools_message() if zoom else ""
+        prompt = f"{system}<|im_start|>user\n{shown}{question}<|im_end|>\n<|im_start|>assistant\n"
         ids = self.tokenizer(prompt, return_tensors="pt")["input_ids"]
         inputs["input_ids"] = ids
         inputs["attention_mask"] = torch.ones_like(ids)
@@ -47,10 +51,12 @@ class Reference:
         images: Sequence[Image.Image],
         question: str,
         max_tokens: int = 200,
+        *,
         guess: str | None = None,
+        zoom: bool = False,
     ) -> str:
         """The greedy answer. A `guess` that is right saves the most of the time, and no more."""
-        inputs = self.inputs(images, question)
+        inputs = self.inputs(images, question, zoom=zoom)
         if guess is not None and self._would_say(inputs, guess, max_tokens):
             return guess
         out = self.model.generate(**inputs, max_new_tokens=max_tokens, do_sample=False)
