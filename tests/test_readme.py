@@ -15,7 +15,8 @@ import pytest
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 DETAILS = [
-    ROOT / "qwen3vl_mlx" / part / "README.md" for part in ("album", "engine", "quant", "server")
+    ROOT / "qwen3vl_mlx" / part / "README.md"
+    for part in ("album", "demo", "engine", "quant", "server")
 ]
 BLOCK = re.compile(r"(?:<!-- needs: (\w+) -->\n)?```(sh|python)\n(.*?)```", re.DOTALL)
 BLOCKS = [

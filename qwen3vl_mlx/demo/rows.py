@@ -47,6 +47,7 @@ TASK_WEIGHTS = {
     "textcolor": 0.5, "which": 3.0, "countin": 0.7, "describein": 0.7, "sum": 2.0, "talk": 1.0,
     "zoom": 8.0,
 }  # fmt: skip
+BOX_TASKS = ("where", "whereall")
 SYSTEM = (
     "You are a helpful assistant.", "You are a helpful vision assistant.", "Answer briefly.",
     "Be short.", "Answer in one word.", "You look at pictures.",
@@ -65,6 +66,7 @@ class Mix:
     system: float = 0.1
     retouched: float = 0.25
     fonts: float = 0.4
+    boxes: float = 1.0  # how much oftener than at first boxes are asked, and weigh
     thinking: float = 0.0  # share of the questions
     tools: float = 0.0  # share of the rows of one picture of shapes; needs long rows
     words: int = 288  # tokens a row
@@ -243,20 +245,20 @@ def make_row(
         _add_picture(row, grid)
     dialogue = rng.random() < mix.dialogues
     thoughts = _thoughts(rng, scenes, 0 if dialogue else mix.thinking)
-    _add_questions(
-        row, zip(in_turn(rng, asked), thoughts, strict=False), mix.words, dialogue=dialogue
-    )
+    turns = zip(in_turn(rng, asked, mix.boxes), thoughts, strict=False)
+    _add_questions(row, turns, mix, dialogue=dialogue)
     return row, patches, grids, shown
 
 
-def in_turn(rng: Random, asked: Sequence[Question]) -> Iterator[Question]:
+def in_turn(rng: Random, asked: Sequence[Question], boxes: float = 1.0) -> Iterator[Question]:
     """Questions in a random order, a task at a time by its weight, none twice."""
+    weights = {**TASK_WEIGHTS, **{task: boxes * TASK_WEIGHTS[task] for task in BOX_TASKS}}
     by_task: dict[str, list[Question]] = {}
     for question in rng.sample(asked, len(asked)):
         by_task.setdefault(question.task, []).append(question)
     while by_task:
         tasks = list(by_task)
-        task = rng.choices(tasks, [TASK_WEIGHTS[t] for t in tasks])[0]
+        task = rng.choices(tasks, [weights[t] for t in tasks])[0]
         yield by_task[task].pop()
         if not by_task[task]:
             del by_task[task]
@@ -292,7 +294,7 @@ def _thoughts(rng: Random, scenes: Sequence[Scene], share: float) -> Iterator[st
 
 
 def _add_questions(
-    row: Row, asked: Iterator[tuple[Question, str | None]], words: int, *, dialogue: bool
+    row: Row, asked: Iterator[tuple[Question, str | None]], mix: Mix, *, dialogue: bool
 ) -> None:
     start = max(row.positions[-1]) + 1
     misses = 0
@@ -301,12 +303,12 @@ def _add_questions(
         if dialogue and number > 1:
             ask = encode("\n<|im_start|>user\n") + ask
         answer = encode(f"{question.truth}<|im_end|>")
-        weights = answer_weights(question, answer)
+        weights = answer_weights(question, answer, mix.boxes)
         if thinking is not None:
             ask += encode("<think>\n")
             line = encode(f"{thinking}\n</think>\n\n")
             answer, weights = line + answer, [len(line) ** -0.5] * len(line) + weights
-        if len(row.ids) + len(ask) + len(answer) > words:
+        if len(row.ids) + len(ask) + len(answer) > mix.words:
             misses += 1
             if misses > 3:
                 return
@@ -319,17 +321,17 @@ def _add_questions(
             row.positions[first:] = [(start + i,) * 3 for i in range(len(ask) + len(answer))]
 
 
-def answer_weights(question: Question, answer: Sequence[int]) -> list[float]:
+def answer_weights(question: Question, answer: Sequence[int], boxes: float) -> list[float]:
     """A long answer weighs more than a short one, but less than its length; last digits less."""
     weights = [len(answer) ** -0.5] * len(answer)
-    if question.task in ("where", "whereall", "zoom"):
+    if question.task in (*BOX_TASKS, "zoom"):
         run = 0
         for i, token in enumerate(answer):
             run = run + 1 if _is_digit(token) else 0
             if run == 3:  # the unit of a three-digit number is a guess
-                weights[i] *= 0.2
+                weights[i] *= 0.2 * boxes
             elif run:
-                weights[i] *= 1.5
+                weights[i] *= 1.5 * boxes
     return weights
 
 

@@ -64,6 +64,7 @@ class Recipe:
     stable: int = 2400  # before the rate falls
     widen: int = 2000  # until the pictures have their full range
     talents: int = 1500  # before it learns to think and to zoom
+    boxes: int = 1700  # before boxes are asked oftener: they take the longest to learn
     helper: float = 0.5  # weight of the helper losses at first
     helper_end: float = 0.1
     helper_steps: int = 2500  # until they have it
@@ -122,6 +123,8 @@ def mix_at(recipe: Recipe, step: int) -> Mix:
         retouched=between(0.1, full.retouched),
         fonts=between(0, full.fonts),
     )
+    if step >= recipe.see_steps + recipe.boxes:
+        mix = replace(mix, boxes=2)
     if step < recipe.see_steps + recipe.talents:
         return mix
     if step % _TOOLS_EVERY == 0:
