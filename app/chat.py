@@ -36,11 +36,15 @@ _NOTES = {
 
 @dataclass(frozen=True)
 class Chat:
-    """The handlers of the chat. `folder` takes copies of pictures to show."""
+    """The handlers of the chat. `folder` takes copies of pictures to show.
+
+    examples: questions that a click asks, as Gradio's Chatbot has them.
+    """
 
     models: Models
     sessions: Sessions
     folder: Path
+    examples: list[Any]
 
     def session(self, request: gr.Request) -> Session:
         return self.sessions.of(str(request.session_hash))
@@ -92,11 +96,10 @@ class Chat:
         self, request: gr.Request, event: gr.SelectData, *values: Any
     ) -> AsyncIterator[Outputs]:
         """Ask what an example asks."""
-        chosen = event.value
-        files = [each["path"] for each in chosen.get("files") or []]
-        async for outputs in self.ask(
-            request, {"text": chosen.get("text", ""), "files": files}, *values
-        ):
+        # by its number: the event's own text and paths are whatever a client sends
+        chosen = self.examples[_place(event.index)]
+        box = {"text": chosen["text"], "files": chosen["files"]}
+        async for outputs in self.ask(request, box, *values):
             yield outputs
 
     def undo(self, request: gr.Request, event: gr.UndoData) -> Outputs:
@@ -130,9 +133,10 @@ class Chat:
         number = turn_of(session.turns, place)
         running = None if number is None or text == "" else session.begin("chat")
         if number is None or running is None:
-            if number is not None and text != "":
+            refused = number is not None and text != ""  # another answer is under way
+            if refused:
                 gr.Info(ONE_AT_A_TIME)
-            yield messages_of(session.turns), gr.skip(), gr.skip()
+            yield messages_of(session.turns, waiting=refused), gr.skip(), gr.skip()
             return
         try:
             turn = session.turns[number].again(text)

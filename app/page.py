@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +67,7 @@ def theme() -> gr.themes.Base:
 def build_page(models: Models, sessions: Sessions, folder: Path) -> gr.Blocks:
     """Build it. `folder` takes copies of pictures."""
     page: gr.Blocks
-    chat = Chat(models, sessions, folder)
+    chat = Chat(models, sessions, folder, _examples(folder))
     picker = Picker(models, sessions)
     with gr.Blocks(
         title=TITLE, analytics_enabled=False, fill_width=True, delete_cache=(3600, 86400)
@@ -76,7 +78,7 @@ def build_page(models: Models, sessions: Sessions, folder: Path) -> gr.Blocks:
             controls = build_controls()
         with gr.Tabs(elem_id="tabs"):
             with gr.Tab("Chat", id="chat"):
-                _build_chat(chat, controls, folder)
+                _build_chat(chat, controls)
             with gr.Tab("Tasks", id="tasks"):
                 build_tasks(models, sessions, folder, controls.all, _EVENT)
         picker.wire(page, parts, controls)
@@ -88,7 +90,7 @@ def build_page(models: Models, sessions: Sessions, folder: Path) -> gr.Blocks:
     return page
 
 
-def _build_chat(chat: Chat, controls: Controls, folder: Path) -> None:
+def _build_chat(chat: Chat, controls: Controls) -> None:
     shown = gr.Chatbot(
         label="Conversation",
         show_label=False,
@@ -102,7 +104,7 @@ def _build_chat(chat: Chat, controls: Controls, folder: Path) -> None:
         sanitize_html=True,
         allow_tags=False,
         placeholder="### What would you like to know?\nDrop in a picture, or try one of these.",
-        examples=_examples(folder),
+        examples=deepcopy(chat.examples),  # Gradio writes into them
     )
     with gr.Row(elem_id="actions"):
         numbers = gr.Markdown("", elem_id="numbers", container=False)
@@ -150,7 +152,7 @@ def add_photo(photo: str | None, box: dict[str, Any] | None) -> tuple[Any, Any]:
 
 def _examples(folder: Path) -> list[Any]:
     """Questions that a click asks, about pictures that every model knows."""
-    found = [("Describe the image.", str(EXAMPLE))]
+    found = [("Describe the image.", str(shutil.copy(EXAMPLE, folder)))]
     for seed, question in _EXAMPLE_SCENES:
         found.append((question, drawn_scene(seed, folder)))
     return [{"text": text, "files": [path], "icon": path} for text, path in found]

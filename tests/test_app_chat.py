@@ -363,6 +363,9 @@ def test_an_example_is_asked_by_a_click(tab: Tab) -> None:
     tab.page.locator("#conversation .example").first.click()
     until(lambda: tab.questions() == [QUESTION])
     assert "white circle at the top left" in tab.answered()
+    tab.page.get_by_role("button", name="Undo").last.click()
+    until(lambda: tab.page.locator("#box textarea").input_value() == QUESTION)
+    assert tab.page.locator("#box .thumbnail-item").count() == 1
 
 
 def one_session(tab: Tab) -> Any:

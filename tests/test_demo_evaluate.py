@@ -9,6 +9,7 @@ import pytest
 
 from qwen3vl_mlx.demo import evaluate
 from qwen3vl_mlx.demo.questions import WORDINGS, Question
+from qwen3vl_mlx.demo.scenes import PLACES, SHAPE_COLORS, SHAPES
 
 BOX = '[{"bbox_2d": [100, 100, 300, 300], "label": "red circle"}]'
 HALF = BOX.replace("300, 300", "300, 200")
@@ -41,18 +42,18 @@ def test_another_font_is_drawn() -> None:
         assert bundled.images[0].tobytes() != other.images[0].tobytes()
 
 
-@pytest.mark.parametrize(
-    ("answer", "overlaps"),
-    [
-        (BOX, [1.0]),
-        (HALF, [0.5]),
-        (BOX.replace("red", "blue"), [0.0]),
-        ("[]", [0.0]),
-        ("none", [0.0]),
-    ],
-)
-def test_boxes_are_compared(answer: str, overlaps: list[float]) -> None:
-    assert evaluate.box_overlaps(BOX, answer) == overlaps
+def test_no_answer_is_asked_for_too_often() -> None:
+    asked = evaluate.held_out(200, tasks=["which", "exist", "at", "countx", "count"])
+    truths: dict[str, Counter[str]] = {}
+    for each in asked:
+        truths.setdefault(each.question.task, Counter())[each.question.truth] += 1
+    assert all(truths["which"][f"Image {i}"] >= 70 for i in (1, 2))
+    assert all(truths["exist"][answer] >= 70 for answer in ("Yes", "No"))
+    assert all(truths["count"][str(n)] >= 25 for n in range(1, 5))
+    subjects = " ".join(each.question.question for each in asked if each.question.task == "countx")
+    assert all(word in subjects for word in (*SHAPES, *SHAPE_COLORS))
+    placed = " ".join(each.question.question for each in asked if each.question.task == "at")
+    assert all(place in placed for place in PLACES)
 
 
 def test_scores_are_shares() -> None:

@@ -25,25 +25,36 @@ _SEEN = {"kind": "shape", "color": "colour", "place": "place", "char": "characte
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
-    """The lines of a run's log. Those that a stopped run took back are left out.
+    """The lines of a run's log, without those that a run which went on has taken back.
 
     Raises InputError for a file that is no log.
     """
     try:
-        lines = [json.loads(line) for line in path.read_text().splitlines()]
-        steps = [line["step"] for line in lines]
-    except OSError as error:
-        raise InputError(f"{path}: {error.strerror}; give the log.jsonl of a run") from error
-    except (ValueError, TypeError, KeyError) as error:
-        raise InputError(f"{path} is no training log; give the log.jsonl of a run") from error
-    kept = []
-    least = float("inf")
-    for line, step in zip(reversed(lines), reversed(steps), strict=True):
-        if step <= least:
-            kept.append(line)
+        texts = path.read_text().splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: {error}; give the log.jsonl of a run") from error
+    lines = [_parsed(text) for text in texts]
+    kept: list[dict[str, Any]] = []
+    for line, after in zip(lines, [*lines[1:], None], strict=True):
+        if line is None:
+            if after is None or "recipe" not in after:  # a killed run leaves half a line
+                raise InputError(f"{path} is no training log; give the log.jsonl of a run")
+            continue
         if "recipe" in line:  # the run went on here, from this step
-            least = min(least, step)
-    return kept[::-1]
+            kept = [each for each in kept if each["step"] <= line["step"]]
+        kept.append(line)
+    if not kept:
+        raise InputError(f"{path} is empty; give the log.jsonl of a run")
+    return kept
+
+
+def _parsed(text: str) -> dict[str, Any] | None:
+    try:
+        line = json.loads(text)
+    except ValueError:
+        return None
+    good = isinstance(line, dict) and isinstance(line.get("step"), int)
+    return line if good else None
 
 
 def draw(lines: Sequence[dict[str, Any]], path: Path) -> None:
@@ -57,14 +68,19 @@ def draw(lines: Sequence[dict[str, Any]], path: Path) -> None:
     left, right = figure.subplots(1, 2)
     for name, title in (("helper", "patches (thrown away)"), ("answer", "answers")):
         found = [(line["step"], line[name]) for line in losses if name in line]
-        left.plot(*zip(*found, strict=True), label=title) if found else None
+        if found:
+            left.plot(*zip(*found, strict=True), label=title)
     left.set(title="loss", xlabel="step", yscale="log")
     for name, title in _SEEN.items():
-        early = [(line["step"], line[name]) for line in losses if line["step"] <= seeing]
-        right.plot(*zip(*early, strict=True), ":", lw=1, label=f"patch: {title}") if early else None
+        early = [
+            (line["step"], line[name]) for line in losses if line["step"] <= seeing and name in line
+        ]
+        if early:
+            right.plot(*zip(*early, strict=True), ":", lw=1, label=f"patch: {title}")
     for name, title in _TASKS.items():
         found = [(line["step"], line["right"][name]) for line in measured if name in line["right"]]
-        right.plot(*zip(*found, strict=True), label=title) if found else None
+        if found:
+            right.plot(*zip(*found, strict=True), label=title)
     right.set(title="right, of pictures it does not learn from", xlabel="step", ylim=(0, 1.02))
     for axes in (left, right):
         axes.axvline(seeing, color="gray", lw=0.8, ls="--")

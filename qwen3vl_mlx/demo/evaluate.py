@@ -1,6 +1,7 @@
 """`python -m qwen3vl_mlx.demo.evaluate`: what the demo checkpoint answers rightly, task by task.
 
-The questions are about pictures it never saw. With --reference, transformers answers them too.
+The questions are about pictures it never saw (but those of no picture are the ones it learnt).
+With --reference, transformers answers them too.
 """
 
 from __future__ import annotations
@@ -14,20 +15,21 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
+from random import Random
 from statistics import fmean
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from qwen3vl_mlx import cli
 from qwen3vl_mlx.demo.questions import (
+    BOX_TASKS,
     WORDINGS,
     ZOOM,
     Question,
-    iou,
+    box_overlaps,
     is_correct,
     pair_questions,
     questions,
-    read_boxes,
     text_questions,
     zoom_questions,
 )
@@ -42,7 +44,6 @@ if TYPE_CHECKING:
 FIRST_SEED = 7_000_000  # far from those of the training
 MAX_TOKENS = 200
 DTYPES = ("float32", "bfloat16")
-BOX_TASKS = ("where", "whereall")
 _PAIR_TASKS = ("which", "countin", "describein")
 _TEXT_TASKS = ("read", "textcolor")
 _NO_PICTURE = ("sum", "talk")
@@ -78,7 +79,8 @@ def held_out(
 
     def take(found: Sequence[Question], images: tuple[Image.Image, ...], most: int) -> None:
         taken: dict[str, int] = defaultdict(int)
-        for question in found:
+        rng = Random(f"held out {len(asked)}")
+        for question in rng.sample(found, len(found)):  # in a row, some answers come too often
             task = question.task
             if wanted.get(task, 0) and taken[task] < most:
                 taken[task] += 1
@@ -170,15 +172,6 @@ def scores(asked: Sequence[Asked], answers: Sequence[str]) -> list[Score]:
         Score(t, len(right[t]), fmean(right[t]), fmean(overlaps[t]) if overlaps[t] else None)
         for t in WORDINGS
         if right[t]
-    ]
-
-
-def box_overlaps(truth: str, answer: str) -> list[float]:
-    """For each true box the IoU with the answer's box of the same label; 0 where it has none."""
-    given = read_boxes(answer)
-    return [
-        max((iou(box, other) for name, other in given if name == label), default=0.0)
-        for label, box in read_boxes(truth)
     ]
 
 

@@ -43,6 +43,7 @@ WORDINGS = MappingProxyType({
     "sum": ("What is {}?",),
     "talk": ("{}",),
 })  # fmt: skip
+BOX_TASKS = ("where", "whereall")  # answered with a list of boxes
 ZOOM = MappingProxyType({
     "type": "function",
     "function": {
@@ -227,12 +228,20 @@ def is_correct(question: Question, answer: str) -> bool:
     if question.task == "zoom":
         box, wanted = read_zoom(answer), read_zoom(question.truth)
         return box is not None and wanted is not None and iou(box, wanted) >= 0.5
-    if question.task not in ("where", "whereall"):
+    if question.task not in BOX_TASKS:
         return answer.strip() == question.truth
     truth, given = read_boxes(question.truth), read_boxes(answer)
     return [label for label, _ in sorted(truth)] == [label for label, _ in sorted(given)] and all(
         iou(a, b) >= 0.5 for (_, a), (_, b) in zip(sorted(truth), sorted(given), strict=True)
     )
+
+
+def box_overlaps(truth: str, answer: str) -> list[float]:
+    """For each true box the IoU with the answer's first box of that label; 0 where it has none."""
+    given: dict[str, Box] = {}
+    for label, box in read_boxes(answer):
+        given.setdefault(label, box)
+    return [iou(box, given[label]) if label in given else 0.0 for label, box in read_boxes(truth)]
 
 
 def read_boxes(answer: str) -> list[tuple[str, Box]]:

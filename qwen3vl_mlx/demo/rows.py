@@ -21,6 +21,7 @@ from tokenizers import Tokenizer
 
 from qwen3vl_mlx.demo import CHECKPOINT
 from qwen3vl_mlx.demo.questions import (
+    BOX_TASKS,
     ZOOM,
     Question,
     pair_questions,
@@ -47,7 +48,6 @@ TASK_WEIGHTS = {
     "textcolor": 0.5, "which": 3.0, "countin": 0.7, "describein": 0.7, "sum": 2.0, "talk": 1.0,
     "zoom": 8.0,
 }  # fmt: skip
-BOX_TASKS = ("where", "whereall")
 SYSTEM = (
     "You are a helpful assistant.", "You are a helpful vision assistant.", "Answer briefly.",
     "Be short.", "Answer in one word.", "You look at pictures.",
@@ -56,16 +56,16 @@ SYSTEM = (
 
 @dataclass(frozen=True)
 class Mix:
-    """What rows are made of. Shares are of all rows, but `retouched` and `fonts` of pictures."""
+    """What rows are made of."""
 
-    wide: float = 0.4
-    text: float = 0.25
-    pairs: float = 0.15
-    none: float = 0.04
-    dialogues: float = 0.1
-    system: float = 0.1
-    retouched: float = 0.25
-    fonts: float = 0.4
+    wide: float = 0.4  # share of the rows
+    pairs: float = 0.15  # rows with two pictures
+    none: float = 0.04  # rows without one
+    text: float = 0.25  # text, of the rows with one picture
+    fonts: float = 0.4  # another font, of the texts
+    retouched: float = 0.25  # resized or written as JPEG, of the pictures
+    dialogues: float = 0.1  # rows whose questions follow each other
+    system: float = 0.1  # rows with a system message
     boxes: float = 1.0  # how much oftener than at first boxes are asked, and weigh
     thinking: float = 0.0  # share of the questions
     tools: float = 0.0  # share of the rows of one picture of shapes; needs long rows
@@ -74,7 +74,10 @@ class Mix:
 
 @dataclass
 class Row:
-    """One row: token ids, their M-RoPE positions, segments (0 is seen by all), loss weights."""
+    """One row: token ids, their M-RoPE positions, segments (0 is seen by all), loss weights.
+
+    questions: where the answer's tokens begin, where they end, and what is asked.
+    """
 
     ids: list[int] = field(default_factory=list)
     positions: list[tuple[int, int, int]] = field(default_factory=list)
@@ -134,7 +137,7 @@ def processed_size(width: int, height: int) -> tuple[int, int]:
 
 
 def to_patches(image: Image.Image) -> npt.NDArray[np.uint8]:
-    """Resize and cut a picture: (patches in merged order, 3 * 16 * 16), and its grid's shape."""
+    """Resize and cut a picture: (patches in merged order, 3 * 16 * 16), levels of 255."""
     size = processed_size(*image.size)
     if image.size != size:
         image = image.resize(size, Image.Resampling.BICUBIC)
@@ -147,7 +150,7 @@ def to_patches(image: Image.Image) -> npt.NDArray[np.uint8]:
 def in_merged_order(grid: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
     """(rows, columns, n) of patches to the order of the image processor."""
     rows, columns, width = grid.shape
-    blocks = grid.reshape(rows // 2, 2, columns // 2, 2, width)
+    blocks = grid.reshape(rows // MERGE, MERGE, columns // MERGE, MERGE, width)
     ordered: npt.NDArray[np.float32] = blocks.swapaxes(1, 2).reshape(rows * columns, width)
     return ordered
 
@@ -345,7 +348,12 @@ def _is_digit(token: int) -> bool:
 
 
 def make_batch(seed: int, step: int, rows: range, mix: Mix) -> dict[str, object]:
-    """Some rows of a step, as arrays; the same for the same arguments."""
+    """Some rows of a step, as arrays; the same for the same arguments.
+
+    ids, segments (-1 is padding), weights: (rows, words); positions: (3, rows, words). Of all
+    pictures together: patches (n, 768) uint8, targets (n, 8), grids (pictures, 3). questions: a
+    list a row.
+    """
     made = [
         make_row(Random(f"{seed} {step} {i}"), (1000 + seed) * 10**8 + (step * 100 + i) * 2, mix)
         for i in rows

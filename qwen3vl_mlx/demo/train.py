@@ -2,8 +2,9 @@
 
 Needs torch and transformers (extra `dev`). First the vision tower learns alone to say what each
 patch shows, with heads that are thrown away; then the whole model learns to answer, with the same
-losses as a helper that decays. Everything follows from the seed; a run that was stopped goes on
-where it was when it is started again. FOLDER/checkpoint is the newest model, ready to load.
+losses as a helper that decays. On one machine the same recipe gives the same weights; a run that
+was stopped goes on when it is started again, as if it had never stopped. FOLDER/checkpoint is the
+newest model, ready to load.
 """
 
 from __future__ import annotations
@@ -15,21 +16,24 @@ import math
 import os
 import shutil
 import signal
+import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
-from typing import IO, Any
+from statistics import fmean
+from typing import Any
 
 import torch
 import torch.distributed
 import torch.multiprocessing
 from torch import nn
-from torch.utils.data import DataLoader, Dataset
 from transformers import Qwen3VLForConditionalGeneration
 
+from qwen3vl_mlx import cli
 from qwen3vl_mlx.demo import CHECKPOINT
 from qwen3vl_mlx.demo.heads import SHARES
 from qwen3vl_mlx.demo.learner import (
@@ -40,124 +44,24 @@ from qwen3vl_mlx.demo.learner import (
     see,
     share_gradients,
 )
-from qwen3vl_mlx.demo.questions import iou, is_correct, read_boxes
-from qwen3vl_mlx.demo.rows import Mix, make_batch, tokenizer
+from qwen3vl_mlx.demo.questions import BOX_TASKS, box_overlaps, is_correct
+from qwen3vl_mlx.demo.recipe import CHECK_SEED, Recipe, Steps, loader, mix_at, rate_at
+from qwen3vl_mlx.demo.rows import Mix, tokenizer
+from qwen3vl_mlx.errors import InputError
 
-CHECK_SEED = 77  # of the rows a run is measured on; no run learns from them
-_CHECK_BATCHES = 16
+_CHECKS = (*[Mix(dialogues=0)] * 14, Mix(dialogues=0, thinking=1), Mix(text=0, tools=1, words=448))
 _NOTE_EVERY = 50  # steps
-_TOOLS_EVERY = 12  # steps; their rows are long
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """Steps of both stages, the learning rates, and when they fall."""
-
-    seed: int = 0
-    see_steps: int = 1100
-    learn_steps: int = 4000
-    batch: int = 32
-    rate: float = 1.5e-3
-    rate_end: float = 2e-5
-    warmup: int = 100
-    # all below that count steps count those of the second stage
-    stable: int = 2400  # before the rate falls
-    widen: int = 2000  # until the pictures have their full range
-    talents: int = 1500  # before it learns to think and to zoom
-    boxes: int = 1700  # before boxes are asked oftener: they take the longest to learn
-    helper: float = 0.5  # weight of the helper losses at first
-    helper_end: float = 0.1
-    helper_steps: int = 2500  # until they have it
-    muon_factor: float = 4.0  # Muon's rate over AdamW's
-    decay: float = 0.02
+_SAVE_SEC = 180
 
 
 @dataclass(frozen=True)
 class Run:
-    """Where and how a recipe runs; only how long it takes depends on it."""
+    """Where a recipe runs, and what its weights do not depend on."""
 
     out: Path
-    processes: int
     minutes: float
     check_every: int
     compiled: bool
-
-
-# -- data --------------------------------------------------------------------------------------
-
-
-class Steps(Dataset[dict[str, Any]]):
-    """Some rows of the batches of steps `first` to `last`, of the mix `mix_at` gives for each."""
-
-    def __init__(
-        self, seed: int, first: int, last: int, rows: range, mix_at: Callable[[int], Mix]
-    ) -> None:
-        self.seed, self.first, self.last, self.rows, self.mix_at = seed, first, last, rows, mix_at
-
-    def __len__(self) -> int:
-        return self.last - self.first
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        step = self.first + index
-        made = make_batch(self.seed, step, self.rows, self.mix_at(step))
-        return {
-            key: value if key == "questions" else torch.from_numpy(value)
-            for key, value in made.items()
-        }
-
-
-def mix_at(recipe: Recipe, step: int) -> Mix:
-    """Easy pictures first: a narrow world is learnt far faster, and a wide one after it."""
-    full = Mix()
-    into = (step - recipe.see_steps) / recipe.widen
-    if into < 0:
-        return replace(full, wide=0.1, text=0.4, pairs=0, none=0, retouched=0.1, fonts=0, words=112)
-    part = min(1.0, into)
-
-    def between(low: float, high: float) -> float:
-        return low + (high - low) * part
-
-    mix = replace(
-        full,
-        wide=between(0.1, full.wide),
-        retouched=between(0.1, full.retouched),
-        fonts=between(0, full.fonts),
-    )
-    if step >= recipe.see_steps + recipe.boxes:
-        mix = replace(mix, boxes=2)
-    if step < recipe.see_steps + recipe.talents:
-        return mix
-    if step % _TOOLS_EVERY == 0:
-        return replace(mix, text=0.1, pairs=0, none=0, tools=1, words=448)
-    return replace(mix, thinking=0.08)
-
-
-def loader(data: Steps) -> DataLoader[dict[str, Any]]:
-    return DataLoader(
-        data,
-        batch_size=None,
-        num_workers=1,
-        prefetch_factor=8,
-        multiprocessing_context="fork",
-        worker_init_fn=_end_when_told,
-    )
-
-
-def _end_when_told(_: int) -> None:
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a fork has the trainer's own handler
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the trainer's to answer
-
-
-def rate_at(recipe: Recipe, step: int) -> float:
-    """Steps count through both stages."""
-    if step < recipe.warmup:
-        return recipe.rate * (step + 1) / recipe.warmup
-    into = step - recipe.see_steps
-    if 0 <= into < recipe.warmup:  # the language model starts here
-        return recipe.rate * (0.2 + 0.8 * into / recipe.warmup)
-    done = max(0, into - recipe.stable) / (recipe.learn_steps - recipe.stable)
-    fall = 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
-    return recipe.rate_end + (recipe.rate - recipe.rate_end) * fall
 
 
 # -- measuring ---------------------------------------------------------------------------------
@@ -167,22 +71,23 @@ def rate_at(recipe: Recipe, step: int) -> float:
 def measure(
     model: Qwen3VLForConditionalGeneration, batches: list[dict[str, Any]]
 ) -> dict[str, float]:
-    """Share of answers that greedy decoding would give exactly, by task; of boxes the mean IoU."""
+    """Share of right answers by task, and of boxes the mean IoU, each token told those before it.
+
+    Of exact answers this is what greedy decoding would give; of boxes it is a little more.
+    """
     right: dict[str, list[float]] = defaultdict(list)
     for batch in batches:
         with torch.autocast("cpu", torch.bfloat16):
             best = answer_logits(model, batch, see(model, batch)).argmax(-1).tolist()
         given = iter(best)
         for start, end, question in (q for row in batch["questions"] for q in row):
-            ids = [next(given) for _ in range(start, end)]
-            text = tokenizer().decode(ids[:-1], skip_special_tokens=False)
-            text = text.rpartition("</think>\n\n")[2]
-            right[question.task].append(float(is_correct(question, text)))
-            if question.task in ("where", "whereall"):
-                pairs = zip(read_boxes(question.truth), read_boxes(text), strict=False)
-                shares = [iou(a, b) if la == lb else 0.0 for (la, a), (lb, b) in pairs]
-                missing = len(read_boxes(question.truth)) - len(shares)
-                right[f"{question.task}_iou"] += shares + [0.0] * missing
+            text = tokenizer().decode([next(given) for _ in range(start, end)], False)
+            said, ended, _ = text.partition("<|im_end|>")
+            _, closed, answer = said.rpartition("</think>\n\n")
+            task = f"thinking_{question.task}" if closed else question.task
+            right[task].append(float(bool(ended) and is_correct(question, answer)))
+            if question.task in BOX_TASKS:
+                right[f"{task}_iou"] += box_overlaps(question.truth, answer)
     return {task: sum(found) / len(found) for task, found in sorted(right.items())}
 
 
@@ -193,17 +98,22 @@ def export(model: Qwen3VLForConditionalGeneration, folder: Path) -> None:
     """Write the checkpoint as it ships: bfloat16, with the bundled one's other files."""
     from safetensors.torch import save_file
 
-    part = folder.with_name(folder.name + ".part")
-    shutil.rmtree(part, ignore_errors=True)
-    shutil.copytree(CHECKPOINT, part, ignore=shutil.ignore_patterns("*.safetensors", "README.md"))
+    part, old = (folder.with_name(folder.name + end) for end in (".part", ".old"))
+    for left in (part, old):
+        shutil.rmtree(left, ignore_errors=True)
+    shutil.copytree(
+        CHECKPOINT, part, ignore=shutil.ignore_patterns("*.safetensors", "*.png", "README.md")
+    )
     tensors = {
         name: tensor.detach().to(torch.bfloat16).contiguous()
         for name, tensor in model.state_dict().items()
         if name != "lm_head.weight"
     }
     save_file(tensors, part / "model.safetensors", metadata={"format": "pt"})
-    shutil.rmtree(folder, ignore_errors=True)
+    if folder.exists():
+        os.replace(folder, old)
     os.replace(part, folder)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 # -- running -----------------------------------------------------------------------------------
@@ -222,17 +132,16 @@ class Trainer:
         )  # fmt: skip
         self.step, self.seconds = 0, 0.0
         if (run.out / "state.pt").exists():
-            self._restore(torch.load(run.out / "state.pt", weights_only=False))
+            self._restore(torch.load(run.out / "state.pt", weights_only=True))
         if run.compiled:
             for layer in self.model.model.language_model.layers:
                 layer.compile(dynamic=False)
         self.began = time.time() - self.seconds
-        self.sums: dict[str, float] = defaultdict(float)
-        self.noted = (time.time(), self.step)
+        self.noticed: dict[str, list[float]] = defaultdict(list)
 
     def batches(self) -> Iterator[dict[str, Any]]:
         recipe = self.recipe
-        share = recipe.batch // self.run.processes
+        share = recipe.batch // recipe.processes
         rows = range(self.rank * share, (self.rank + 1) * share)
         last = recipe.see_steps + recipe.learn_steps
         mix = partial(mix_at, recipe)
@@ -256,32 +165,18 @@ class Trainer:
             else:
                 answered = answer_loss(answer_logits(self.model, batch, seen), batch)
                 loss = helper * helped + answered
-                self.sums["answer"] += answered.item()
+                self.noticed["answer"].append(answered.item())
         loss.backward()
         share_gradients(self.parameters)
         nn.utils.clip_grad_norm_([p for p in self.parameters if p.grad is not None], 1.0)
         for optimizer in self.optimizers:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-        self.sums["helper"] += helped.item()
-        for name, value in zip(SHARES, found.nan_to_num().tolist(), strict=True):
-            self.sums[name] += value
+        self.noticed["helper"].append(helped.item())
+        for name, value in zip(SHARES, found.tolist(), strict=True):
+            if not math.isnan(value):  # nothing of the kind was in these pictures
+                self.noticed[name].append(value)
         self.step += 1
-
-    def note(self, log: IO[str]) -> None:
-        """Write a line of means since the last one."""
-        now = time.time()
-        seconds, steps = now - self.noted[0], self.step - self.noted[1]
-        line = {key: round(value / steps, 4) for key, value in self.sums.items()}
-        shown = {
-            "step": self.step,
-            "minutes": round((now - self.began) / 60, 2),
-            "pace": round(steps / seconds, 2),
-            "rate": rate_at(self.recipe, self.step),
-        }
-        log.write(json.dumps(shown | line) + "\n")
-        self.sums.clear()
-        self.noted = (now, self.step)
 
     def save(self) -> None:
         """Write all that going on needs; every process takes part."""
@@ -306,87 +201,154 @@ class Trainer:
         self.step, self.seconds = state["step"], state["seconds"]
 
 
-def train(rank: int, recipe: Recipe, run: Run) -> None:
-    """Be process `rank` of a run, to its end or until it is told to stop."""
+class Log:
+    """What a run writes about itself, a JSON object a line: its recipe, means, measurements."""
+
+    def __init__(self, path: Path, trainer: Trainer) -> None:
+        self.trainer = trainer
+        self.checks = [
+            Steps(CHECK_SEED, i, i + 1, range(16), partial(_same, mix))[0]
+            for i, mix in enumerate(_CHECKS)
+        ]
+        torn = path.exists() and not path.read_text().endswith("\n")
+        self.file = path.open("a", buffering=1)
+        if torn:  # a run that was killed
+            self.file.write("\n")
+        self._write(recipe=asdict(trainer.recipe))
+        self.noted = (time.time(), trainer.step)
+
+    def __enter__(self) -> Log:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.file.close()
+
+    def step(self) -> None:
+        """Write what is due after a step."""
+        trainer = self.trainer
+        if trainer.step % _NOTE_EVERY == 0:
+            self._note()
+        learning = trainer.step > trainer.recipe.see_steps
+        if learning and trainer.step % trainer.run.check_every == 0:
+            trainer.model.eval()
+            right = measure(trainer.model, self.checks)
+            self._write(right={name: round(share, 3) for name, share in right.items()})
+
+    def _note(self) -> None:
+        trainer, now = self.trainer, time.time()
+        pace = (trainer.step - self.noted[1]) / (now - self.noted[0])
+        means = {name: round(fmean(values), 4) for name, values in trainer.noticed.items()}
+        self._write(
+            minutes=round((now - trainer.began) / 60, 2),
+            pace=round(pace, 2),
+            rate=rate_at(trainer.recipe, trainer.step),
+            **means,
+        )
+        trainer.noticed.clear()
+        self.noted = (now, trainer.step)
+
+    def _write(self, **told: object) -> None:
+        self.file.write(json.dumps({"step": self.trainer.step, **told}) + "\n")
+
+
+def _same(mix: Mix, _: int) -> Mix:
+    return mix
+
+
+def train(rank: int, recipe: Recipe, run: Run, launcher: int) -> None:
+    """Be process `rank` of a run, to its end or until it is told to stop.
+
+    launcher: the id of the process that started this one; it stops when that is gone.
+    """
     stopped: list[int] = []
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda number, _: stopped.append(number))
     torch.set_num_threads(1)
     meeting = f"file://{run.out.resolve() / 'meeting'}"
     torch.distributed.init_process_group(
-        "gloo", init_method=meeting, rank=rank, world_size=run.processes
+        "gloo", init_method=meeting, rank=rank, world_size=recipe.processes
     )
     trainer = Trainer(recipe, run, rank)
-    checks = []
-    if rank == 0:
-        mix = Mix(dialogues=0)
-        checks = [make_check(i, mix) for i in range(_CHECK_BATCHES)]
     began = saved = time.time()
-    with (run.out / "log.jsonl").open("a", buffering=1) as log:
-        if rank == 0:
-            log.write(json.dumps({"recipe": asdict(recipe), "step": trainer.step}) + "\n")
+    with Log(run.out / "log.jsonl", trainer) if rank == 0 else nullcontext() as log:
         for batch in trainer.batches():
             trainer.learn(batch)
-            learning = trainer.step > recipe.see_steps
-            if rank == 0 and trainer.step % _NOTE_EVERY == 0:
-                trainer.note(log)
-            if rank == 0 and learning and trainer.step % run.check_every == 0:
-                trainer.model.eval()
-                right = {k: round(v, 3) for k, v in measure(trainer.model, checks).items()}
-                log.write(json.dumps({"step": trainer.step, "right": right}) + "\n")
+            if log:
+                log.step()
             now = time.time()
-            ending = bool(stopped) or 0 < run.minutes * 60 < now - began
-            # all processes do the same: the first one's clock and any one's signal count
-            told = torch.tensor([float(ending), float(rank == 0 and now - saved > 180)])
+            ending = stopped or os.getppid() != launcher or 0 < run.minutes * 60 < now - began
+            # all processes do the same: any one's end and the first one's clock count
+            told = torch.tensor([float(bool(ending)), float(rank == 0 and now - saved > _SAVE_SEC)])
             torch.distributed.all_reduce(told)
-            if told[1] and not told[0]:
-                trainer.save()
-                saved = now
             if told[0]:
                 break
+            if told[1]:
+                trainer.save()
+                saved = now
         trainer.save()
     torch.distributed.destroy_process_group()
 
 
-def make_check(index: int, mix: Mix) -> dict[str, Any]:
-    return Steps(CHECK_SEED, index, index + 1, range(16), lambda _: mix)[0]
-
-
 def start(recipe: Recipe, run: Run) -> None:
-    """Train in a folder of its own, in as many processes as asked for."""
-    run.out.mkdir(parents=True, exist_ok=True)
+    """Train in a folder of its own, in as many processes as the recipe has.
+
+    Raises InputError where the folder holds something else, or another process trains in it.
+    """
+    check_folder(recipe, run.out)
     with (run.out / "lock").open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise SystemExit(f"another process is training in {run.out}") from None
+            raise InputError(f"another process is training in {run.out}") from None
         (run.out / "meeting").unlink(missing_ok=True)
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        processes: list[Any] = []
+        signal.signal(signal.SIGTERM, lambda *_: [each.terminate() for each in processes])
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal tells the processes too
         context = torch.multiprocessing.spawn(
-            train, (recipe, run), nprocs=run.processes, join=False
+            train, (recipe, run, os.getpid()), nprocs=recipe.processes, join=False
         )
         assert context is not None
-        signal.signal(signal.SIGTERM, lambda number, _: [p.terminate() for p in context.processes])
+        processes += context.processes
         while not context.join():
             pass
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m qwen3vl_mlx.demo.train", description=__doc__)
+def check_folder(recipe: Recipe, out: Path) -> None:
+    """Make the folder of a run, or see that it is one of this recipe."""
+    out.mkdir(parents=True, exist_ok=True)
+    if not (out / "state.pt").exists():
+        if (out / "checkpoint").exists():
+            raise InputError(f"{out / 'checkpoint'} is not of a run; name a new folder")
+        return
+    saved = torch.load(out / "state.pt", weights_only=True, mmap=True)["recipe"]
+    other = [name for name, value in asdict(recipe).items() if saved.get(name) != value]
+    if other:
+        told = ", ".join(f"{name} {saved.get(name)}" for name in other)
+        raise InputError(f"{out} holds a run with {told}; give the same options or a new folder")
+
+
+def main(argv: Sequence[str] | None = None, prog: str = "python -m qwen3vl_mlx.demo.train") -> int:
+    """Run the command. Returns the exit status."""
+    parser = argparse.ArgumentParser(prog=prog, description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="folder of the run")
-    parser.add_argument("--processes", type=int, default=2, help="one a core")
     parser.add_argument("--minutes", type=float, default=0, help="stop after so many; 0 is never")
     parser.add_argument("--check-every", type=int, default=500, help="steps between measurements")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True,
                         help="compile the decoder's layers (needs a C++ compiler)")  # fmt: skip
-    for name, value in asdict(Recipe()).items():
-        parser.add_argument(f"--{name.replace('_', '-')}", type=type(value), default=value)
-    values = vars(parser.parse_args())
-    recipe = Recipe(**{name: values[name] for name in asdict(Recipe())})
-    run = Run(values["out"], values["processes"], values["minutes"], values["check_every"],
-              values["compile"])  # fmt: skip
-    start(recipe, run)
+    group = parser.add_argument_group("the recipe")
+    for each in fields(Recipe):
+        group.add_argument(
+            f"--{each.name.replace('_', '-')}", type=type(each.default), default=each.default,
+            help=f"{each.metadata['help']} (default {each.default})",
+        )  # fmt: skip
+    values = vars(parser.parse_args(argv))
+    try:
+        recipe = Recipe(**{each.name: values[each.name] for each in fields(Recipe)})
+    except ValueError as error:
+        parser.error(str(error))
+    run = Run(values["out"], values["minutes"], values["check_every"], values["compile"])
+    return cli.run(lambda: start(recipe, run))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
