@@ -9,7 +9,6 @@ there is no system message.
 
 from __future__ import annotations
 
-import argparse
 import json
 from pathlib import Path
 from random import Random
@@ -34,7 +33,7 @@ def records(reference: Reference, scenes: int) -> list[dict[str, Any]]:
         image = scene.draw()
         described, *others = questions(scene)
         for question in (described, Random(seed).choice(others)):
-            answer = reference.answer([image], question.question)
+            answer = reference.answer([image], question.question, guess=question.truth)
             asked.append(
                 {
                     "seed": seed,
@@ -54,23 +53,23 @@ def answer_examples(reference: Reference) -> str:
         with Image.open(DATA / "demo" / scene["file"]) as file:
             image = file.convert("RGB")
         for record in scene["questions"]:
-            record["transformers"] = reference.answer([image], record["question"])
+            record["transformers"] = reference.answer(
+                [image], record["question"], guess=record["truth"]
+            )
     return "[\n" + ",\n".join(map(example_text, scenes)) + "\n]\n"
 
 
 def example_text(scene: dict[str, Any]) -> str:
-    *first, objects, text, _ = (f"{json.dumps(k)}: {json.dumps(v)}" for k, v in scene.items())
+    keys = ("file", "size", "background", "objects", "text")
+    *first, objects, text = (f"{json.dumps(key)}: {json.dumps(scene[key])}" for key in keys)
     asked = ",\n".join(f"   {json.dumps(record)}" for record in scene["questions"])
     head = f" {{{', '.join(first)},\n  {objects},\n  {text},\n"
     return f'{head}  "questions": [\n{asked}\n  ]}}'
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--scenes", type=int, default=50)
-    arguments = parser.parse_args()
     reference = Reference()
-    asked = records(reference, arguments.scenes)
+    asked = records(reference, scenes=50)
     lines = ",\n".join(json.dumps(record) for record in asked)
     DRAWN.write_text(f"[\n{lines}\n]\n")
     print(f"{DRAWN}: {sum(r['correct'] for r in asked)} of {len(asked)} right")

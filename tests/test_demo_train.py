@@ -25,7 +25,7 @@ pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
 THINKING = (Path(demo.__file__).parent / "thinking_chat_template.jinja").read_text()
-TINY = ("--see-steps=1", "--learn-steps=2", "--batch=4", "--warmup=1", "--no-compile")
+TINY = ("--see-steps=1", "--learn-steps=2", "--stable=1", "--batch=4", "--warmup=1", "--no-compile")
 
 
 @pytest.fixture(scope="module")

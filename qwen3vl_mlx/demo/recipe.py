@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -28,7 +29,7 @@ class Recipe:
 
     seed: int = _told(0, "of weights and data")
     see_steps: int = _told(1100, "of the vision tower alone")
-    learn_steps: int = _told(4000, "of the whole model, after those")
+    learn_steps: int = _told(3700, "of the whole model, after those")
     batch: int = _told(32, "rows a step, of all processes together")
     rate: float = _told(1.5e-3, "AdamW's, at its highest")
     rate_end: float = _told(2e-5, "AdamW's, at the end")
@@ -122,7 +123,13 @@ class Steps(Dataset[dict[str, Any]]):
 
 def loader(data: Steps) -> DataLoader[dict[str, Any]]:
     return DataLoader(
-        data, batch_size=None, num_workers=1, prefetch_factor=8, worker_init_fn=_live_apart
+        data,
+        batch_size=None,
+        num_workers=1,
+        prefetch_factor=8,
+        # a fork is there at once; elsewhere system libraries do not bear it
+        multiprocessing_context="fork" if sys.platform == "linux" else None,
+        worker_init_fn=_live_apart,
     )
 
 
