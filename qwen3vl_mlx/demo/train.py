@@ -110,6 +110,7 @@ def export(model: Qwen3VLForConditionalGeneration, folder: Path) -> None:
         if name != "lm_head.weight"
     }
     save_file(tensors, part / "model.safetensors", metadata={"format": "pt"})
+    (part / "model.safetensors").chmod(0o644)  # it is written for its owner alone
     if folder.exists():
         os.replace(folder, old)
     os.replace(part, folder)
