@@ -77,17 +77,20 @@ def test_pictures_asked_about_at_once_are_each_seen_in_full(
 
 
 def test_long_and_short_conversations_at_once_keep_their_own_pictures(
-    serve: Callable[..., Qwen3VL], same_size: list[Seen]
+    demo: Qwen3VL, serve: Callable[..., Qwen3VL], same_size: list[Seen]
 ) -> None:
     lengths = (3, 0, 2, 1)  # earlier turns
+    asked = [
+        [*small_talk(turns), *about(seen[0])]
+        for turns, seen in zip(lengths, same_size, strict=True)
+    ]
+    alone = [demo.generate(messages, max_tokens=80).text for messages in asked]
+    assert len(set(alone)) == len(alone)
     for order in list(permutations(range(4)))[::5]:
         model = serve(prefix_cache_bytes=0, feature_cache_bytes=0)
-        streams = [
-            model.stream([*small_talk(lengths[i]), *about(same_size[i][0])], max_tokens=80)
-            for i in order
-        ]
+        streams = [model.stream(asked[i], max_tokens=80) for i in order]
         answers = ["".join(chunk.text for chunk in stream) for stream in streams]
-        assert answers == [same_size[i][1] for i in order]
+        assert answers == [alone[i] for i in order]
 
 
 def small_talk(turns: int) -> list[dict[str, Any]]:

@@ -229,7 +229,8 @@ def test_how_long_it_thinks(
     thinker: tuple[Qwen3VL, Any], fields: dict[str, Any], most: int | None
 ) -> None:
     model, client = thinker
-    forever = {str(token): -1e9 for token in (*model.eos_token_ids, 1013)}
+    (close,) = model.processor.tokenizer.encode("</think>")
+    forever = {str(token): -1e9 for token in (*model.eos_token_ids, close)}
     answer = ask(client, asking("Hello"), extra_body=fields, max_tokens=40, logit_bias=forever)
     thought = getattr(answer.choices[0].message, "reasoning_content", "")
     if most is None:
