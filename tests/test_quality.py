@@ -150,7 +150,7 @@ def test_a_sweep_compares_methods_at_one_size(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("matplotlib")
-    monkeypatch.setattr("qwen3vl_mlx.quant.sweep.CALIBRATION_EXAMPLES", 8)
+    monkeypatch.setattr("qwen3vl_mlx.quant.sweep.CALIBRATION_EXAMPLES", 32)
     plot = tmp_path / "quality.png"
     argv = ["--sweep", "3bit", "--source", "demo", "--examples", "16", "--plot", str(plot)]
     rounded, better = report(evaluate.main, argv, capsys)["checkpoints"]
