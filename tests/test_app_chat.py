@@ -192,6 +192,7 @@ def test_two_browsers_never_mix(tab: Tab, open_tab: Callable[..., Tab]) -> None:
             each.send(QUESTION)
         for each in (first, second):
             until(lambda n=turn, tab=each: len(tab.answers()) == len(tab.questions()) == n)
+            each.answered()  # until then it takes no other question
     assert first.answered() == TRUTH
     assert second.answered() == OTHER_TRUTH
     assert [len(each.questions()) for each in (first, second)] == [2, 2]

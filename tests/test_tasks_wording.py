@@ -119,5 +119,5 @@ def test_transformers_does_not_mind_the_words() -> None:
     from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(CHECKPOINT)
-    assert config.task_prompts["read"] == "Read the text."
+    assert config.task_prompts["markdown"] == "Read the text."
     assert config.text_config.hidden_size == 128

@@ -173,6 +173,7 @@ def _failure(path: str) -> dict[str, Any]:
 
 _QUESTION: Final = "Describe the image."
 _SHORT: Final = {"max_tokens": 32, "temperature": 0}
+_PROMPT: Final = "<|im_start|>user\nWho are you?<|im_end|>\n<|im_start|>assistant\n"
 _SCHEMA: Final = {
     "type": "object",
     "properties": {"colour": {"enum": ["red", "green", "blue"]}, "count": {"enum": [1, 2, 3]}},
@@ -243,6 +244,7 @@ EXAMPLES: Final[Mapping[str, Mapping[str, Mapping[str, Any]]]] = {
         "JSON of a schema": {
             **_CHAT,
             **_SHORT,
+            "max_tokens": 128,
             "response_format": {
                 "type": "json_schema",
                 "json_schema": {"name": "disc", "schema": _SCHEMA, "strict": True},
@@ -257,14 +259,15 @@ EXAMPLES: Final[Mapping[str, Mapping[str, Mapping[str, Any]]]] = {
         },
     },
     "/v1/completions": {
-        "a text": {"model": "default", "prompt": "A blue background", **_SHORT},
-        "a stream": {"model": "default", "prompt": "A blue background", **_SHORT, "stream": True},
+        "a text": {"model": "default", "prompt": _PROMPT, **_SHORT},
+        "a stream": {"model": "default", "prompt": _PROMPT, **_SHORT, "stream": True},
     },
     "/v1/responses": {
         "a picture": _RESPONSE,
         "a stream": {**_RESPONSE, "stream": True},
         "JSON of a schema": {
             **_RESPONSE,
+            "max_output_tokens": 128,
             "text": {"format": {"type": "json_schema", "name": "disc", "schema": _SCHEMA}},
         },
     },
