@@ -69,7 +69,7 @@ def walk(guide: Guide, seed: int, *, length: int = 1500) -> list[int]:
             choices &= {t for t in choices if TEXTS[t] and t not in ADDED} | set(EOS)
         tokens.append(chance.choice(sorted(choices)))
         guide.consume(tokens[-1])
-        assert guide.failure is None
+        assert guide.failure is None, guide.failure
         if tokens[-1] in EOS:
             return tokens
     raise AssertionError(f"no end: {TOKENIZER.decode(tokens[:200], False)!r}")
@@ -80,7 +80,7 @@ def say(guide: Guide, text: str, *end: int) -> None:
     for token in (*encode(text), *end):
         assert token in allowed(guide), (text, TEXTS[token])
         guide.consume(token)
-        assert guide.failure is None
+        assert guide.failure is None, guide.failure
 
 
 def spell(text: str) -> list[int]:
