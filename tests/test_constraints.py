@@ -101,6 +101,14 @@ def test_any_schema_is_followed(schema: dict[str, Any], seed: int) -> None:
     assert fits(schema, json.loads(answer)), answer
 
 
+@pytest.mark.parametrize("name", ["\U0002f800", "e\u0301", "\u212b", "\u1112\u1161\u11ab", "é"])
+def test_a_name_that_the_tokenizer_would_normalize_is_spelled_as_it_stands(name: str) -> None:
+    schema = record(**{name: {"type": "string", "maxLength": 6}})
+    for seed in range(3):
+        answer = json.loads(read(walk(guided(response_format=schema), seed))["text"])
+        assert list(answer) == [name]
+
+
 def test_json_object_is_an_object_with_anything_in_it() -> None:
     asked = {"response_format": {"type": "json_object"}}
     for value in ('{"a": [1, 2.5e-3, {"b": null}], "": "\\ud83d\\ude00 \\n \\"é\\" 中"}', "{}"):

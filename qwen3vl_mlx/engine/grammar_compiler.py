@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import threading
+import unicodedata
 from collections import OrderedDict
 from collections.abc import Iterable
 from functools import cached_property
@@ -11,6 +13,7 @@ from typing import TYPE_CHECKING, Final
 import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
+import tokenizers
 
 from qwen3vl_mlx.engine.grammar import Grammar, llguidance_module, parser_limits, shortened
 from qwen3vl_mlx.engine.output import TOOL_END, TOOL_START
@@ -184,10 +187,18 @@ class _TokenizerView:
         self.bos_token_id = None
         self.tokens = compiler.token_texts
         self.special_token_ids = sorted(compiler.added_ids)
-        self._encode = compiler.tokenizer.encode
+        self._tokenizer = compiler.tokenizer
 
     def __call__(self, text: str) -> list[int]:
-        return self._encode(text)
+        if unicodedata.is_normalized("NFC", text):
+            return self._tokenizer.encode(text)
+        return list(self._exact.encode(text, add_special_tokens=False).ids)
+
+    @cached_property
+    def _exact(self) -> tokenizers.Tokenizer:
+        """Without Qwen's NFC: what a grammar forces has to be spelled byte for byte."""
+        values = json.loads(self._tokenizer.backend.to_str())
+        return tokenizers.Tokenizer.from_str(json.dumps({**values, "normalizer": None}))
 
 
 def expand(bits: Bits, vocab_size: int) -> mx.array:
