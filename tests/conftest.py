@@ -22,7 +22,7 @@ from law import INPUTS
 from PIL.Image import Image
 
 from qwen3vl_mlx.api import Qwen3VL, load
-from qwen3vl_mlx.demo import CHECKPOINT
+from qwen3vl_mlx.demo.thinking import write_twin
 from qwen3vl_mlx.engine.engine import EngineOptions
 from qwen3vl_mlx.engine.request import Request, Stream
 from qwen3vl_mlx.media import load_image
@@ -106,11 +106,7 @@ def demo() -> Qwen3VL:
 @pytest.fixture(scope="session")
 def thinking_demo(tmp_path_factory: pytest.TempPathFactory) -> Qwen3VL:
     """The demo checkpoint behind the template of the Thinking models."""
-    folder = tmp_path_factory.mktemp("thinking") / "checkpoint"
-    shutil.copytree(CHECKPOINT, folder)
-    template = "data/checkpoints/Qwen3-VL-2B-Thinking/chat_template.jinja"
-    shutil.copy(Path(__file__).parent / template, folder)
-    return load(folder)
+    return load(write_twin(tmp_path_factory.mktemp("thinking") / "checkpoint"))
 
 
 @pytest.fixture

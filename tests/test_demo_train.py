@@ -102,6 +102,7 @@ def test_questions_of_a_row_do_not_see_each_other(reference: Any) -> None:
     import torch
 
     from qwen3vl_mlx.demo.learner import answer_logits, make_model, see
+    from qwen3vl_mlx.demo.recipe import as_tensors
     from qwen3vl_mlx.demo.rows import Mix, make_batch
     from qwen3vl_mlx.demo.scenes import make_scene
 
@@ -111,7 +112,7 @@ def test_questions_of_a_row_do_not_see_each_other(reference: Any) -> None:
     batch: Any = make_batch(3, 0, range(1), mix)
     [questions] = batch["questions"]
     assert len(questions) > 4
-    batch = {k: v if k == "questions" else torch.from_numpy(v) for k, v in batch.items()}
+    batch = as_tensors(batch)
     with torch.no_grad():
         logits = answer_logits(model, batch, see(model, batch))
     image = make_scene(1003 * 10**8, kind="shapes").draw()
@@ -168,7 +169,7 @@ def test_a_run_is_the_same_again_and_after_a_stop(tmp_path: Path) -> None:
     one, other = weights(whole), weights(parts)
     assert one.keys() == other.keys()
     assert all(torch.equal(one[name], other[name]) for name in one)
-    assert not [*parts.glob("*.part"), *parts.glob("*.old")]
+    assert not [*parts.glob("*.part"), *parts.glob(".*")], "nothing half-made is left"
     other = run(parts, "--talents=7", "--boxes=0")
     assert other.returncode == 2
     assert "holds a run with talents 0" in other.stderr

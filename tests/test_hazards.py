@@ -86,6 +86,9 @@ def test_long_and_short_conversations_at_once_keep_their_own_pictures(
     ]
     alone = [demo.generate(messages, max_tokens=80).text for messages in asked]
     assert len(set(alone)) == len(alone)
+    grounds = [(told.split(" with ")[0], seen[1].split(" with ")[0])
+               for told, seen in zip(alone, same_size, strict=True)]  # fmt: skip
+    assert all(told == true for told, true in grounds), "each is about its own picture"
     for order in list(permutations(range(4)))[::5]:
         model = serve(prefix_cache_bytes=0, feature_cache_bytes=0)
         streams = [model.stream(asked[i], max_tokens=80) for i in order]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import os
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -102,23 +101,22 @@ def rate_at(recipe: Recipe, step: int) -> float:
 
 
 class Steps(Dataset[dict[str, Any]]):
-    """Some rows of the batches of steps `first` to `last`, of the mix `mix_at` gives for each."""
+    """Some rows of the batches of a recipe's steps `first` to `last`."""
 
-    def __init__(
-        self, seed: int, first: int, last: int, rows: range, mix_at: Callable[[int], Mix]
-    ) -> None:
-        self.seed, self.first, self.last, self.rows, self.mix_at = seed, first, last, rows, mix_at
+    def __init__(self, recipe: Recipe, first: int, last: int, rows: range) -> None:
+        self.recipe, self.first, self.last, self.rows = recipe, first, last, rows
 
     def __len__(self) -> int:
         return self.last - self.first
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         step = self.first + index
-        made = make_batch(self.seed, step, self.rows, self.mix_at(step))
-        return {
-            key: value if key == "questions" else torch.from_numpy(value)
-            for key, value in made.items()
-        }
+        return as_tensors(make_batch(self.recipe.seed, step, self.rows, mix_at(self.recipe, step)))
+
+
+def as_tensors(batch: dict[str, Any]) -> dict[str, Any]:
+    """What `make_batch` gives, ready for torch; the questions stay as they are."""
+    return {k: v if k == "questions" else torch.from_numpy(v) for k, v in batch.items()}
 
 
 def loader(data: Steps) -> DataLoader[dict[str, Any]]:

@@ -7,7 +7,6 @@ models asks for it. This writes a checkpoint with that template.
 from __future__ import annotations
 
 import argparse
-import os
 import shutil
 import sys
 from collections.abc import Sequence
@@ -16,6 +15,7 @@ from pathlib import Path
 from qwen3vl_mlx import cli
 from qwen3vl_mlx.demo import CHECKPOINT
 from qwen3vl_mlx.errors import InputError
+from qwen3vl_mlx.publish import new_folder
 
 _TEMPLATE = Path(__file__).with_name("thinking_chat_template.jinja")
 
@@ -23,19 +23,13 @@ _TEMPLATE = Path(__file__).with_name("thinking_chat_template.jinja")
 def write_twin(folder: Path, source: Path = CHECKPOINT) -> Path:
     """Write `source` with the Thinking template as the new `folder`, and return it.
 
-    Raises InputError where `folder` exists already, or cannot be written.
+    Raises InputError where `folder` exists already, OutputError where it cannot be written.
     """
     if folder.exists():
         raise InputError(f"{folder} exists already; name a new folder")
-    part = folder.with_name(folder.name + ".part")
-    try:
-        shutil.rmtree(part, ignore_errors=True)
-        shutil.copytree(source, part)
-        shutil.copyfile(_TEMPLATE, part / "chat_template.jinja")
-        os.replace(part, folder)
-    except OSError as error:
-        shutil.rmtree(part, ignore_errors=True)
-        raise InputError(f"cannot write {folder}: {error.strerror or error}") from error
+    with new_folder(folder, force=False) as work:
+        shutil.copytree(source, work, dirs_exist_ok=True)
+        shutil.copyfile(_TEMPLATE, work / "chat_template.jinja")
     return folder
 
 

@@ -22,7 +22,6 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields
-from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -45,9 +44,10 @@ from qwen3vl_mlx.demo.learner import (
     share_gradients,
 )
 from qwen3vl_mlx.demo.questions import BOX_TASKS, box_overlaps, is_correct
-from qwen3vl_mlx.demo.recipe import CHECK_SEED, Recipe, Steps, loader, mix_at, rate_at
-from qwen3vl_mlx.demo.rows import Mix, tokenizer
+from qwen3vl_mlx.demo.recipe import CHECK_SEED, Recipe, Steps, as_tensors, loader, rate_at
+from qwen3vl_mlx.demo.rows import Mix, make_batch, tokenizer
 from qwen3vl_mlx.errors import InputError
+from qwen3vl_mlx.publish import new_folder
 
 _CHECKS = (*[Mix(dialogues=0)] * 14, Mix(dialogues=0, thinking=1), Mix(text=0, tools=1, words=448))
 _NOTE_EVERY = 50  # steps
@@ -56,7 +56,7 @@ _SAVE_SEC = 180
 
 @dataclass(frozen=True)
 class Run:
-    """Where a recipe runs, and what its weights do not depend on."""
+    """Where and how long a recipe runs. Compiled or not, it gives the same but for rounding."""
 
     out: Path
     minutes: float
@@ -98,23 +98,16 @@ def export(model: Qwen3VLForConditionalGeneration, folder: Path) -> None:
     """Write the checkpoint as it ships: bfloat16, with the bundled one's other files."""
     from safetensors.torch import save_file
 
-    part, old = (folder.with_name(folder.name + end) for end in (".part", ".old"))
-    for left in (part, old):
-        shutil.rmtree(left, ignore_errors=True)
-    shutil.copytree(
-        CHECKPOINT, part, ignore=shutil.ignore_patterns("*.safetensors", "*.png", "README.md")
-    )
     tensors = {
         name: tensor.detach().to(torch.bfloat16).contiguous()
         for name, tensor in model.state_dict().items()
         if name != "lm_head.weight"
     }
-    save_file(tensors, part / "model.safetensors", metadata={"format": "pt"})
-    (part / "model.safetensors").chmod(0o644)  # it is written for its owner alone
-    if folder.exists():
-        os.replace(folder, old)
-    os.replace(part, folder)
-    shutil.rmtree(old, ignore_errors=True)
+    others = shutil.ignore_patterns("*.safetensors", "*.png", "README.md")
+    with new_folder(folder, force=True) as work:
+        shutil.copytree(CHECKPOINT, work, ignore=others, dirs_exist_ok=True)
+        save_file(tensors, work / "model.safetensors", metadata={"format": "pt"})
+        (work / "model.safetensors").chmod(0o644)  # it is written for its owner alone
 
 
 # -- running -----------------------------------------------------------------------------------
@@ -145,8 +138,7 @@ class Trainer:
         share = recipe.batch // recipe.processes
         rows = range(self.rank * share, (self.rank + 1) * share)
         last = recipe.see_steps + recipe.learn_steps
-        mix = partial(mix_at, recipe)
-        yield from loader(Steps(recipe.seed, self.step, last, rows, mix))
+        yield from loader(Steps(recipe, self.step, last, rows))
 
     def learn(self, batch: dict[str, Any]) -> None:
         """Take one step."""
@@ -208,8 +200,7 @@ class Log:
     def __init__(self, path: Path, trainer: Trainer) -> None:
         self.trainer = trainer
         self.checks = [
-            Steps(CHECK_SEED, i, i + 1, range(16), partial(_same, mix))[0]
-            for i, mix in enumerate(_CHECKS)
+            as_tensors(make_batch(CHECK_SEED, i, range(16), mix)) for i, mix in enumerate(_CHECKS)
         ]
         torn = path.exists() and not path.read_text().endswith("\n")
         self.file = path.open("a", buffering=1)
@@ -250,10 +241,6 @@ class Log:
 
     def _write(self, **told: object) -> None:
         self.file.write(json.dumps({"step": self.trainer.step, **told}) + "\n")
-
-
-def _same(mix: Mix, _: int) -> Mix:
-    return mix
 
 
 def train(rank: int, recipe: Recipe, run: Run, launcher: int) -> None:
