@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import re
@@ -12,7 +13,7 @@ import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
@@ -22,6 +23,7 @@ import httpx
 from hosting import Fake
 from PIL import Image
 
+from app.chat import Chat
 from app.command import engine_options, free_port, parser, place_of, wish_of
 from app.finding import Finding, parse, told
 from app.guard import Guard
@@ -475,3 +477,49 @@ def test_it_serves_what_it_must_and_ctrl_c_ends_it() -> None:
     finally:
         process.kill()
         process.communicate()
+
+
+# ---- the chat's handlers
+
+
+def chat_of(folder: Path) -> tuple[Chat, Any, Any]:
+    """A chat without a model, a tab's request, and its session."""
+    chat = Chat(
+        cast(Models, None), Sessions(), folder, [{"text": "What is it?", "files": [str(EXAMPLE)]}]
+    )
+    request = SimpleNamespace(session_hash="one")
+    return chat, request, chat.sessions.of("one")
+
+
+def test_the_next_question_is_taken_as_soon_as_a_bad_file_is_named(tmp_path: Path) -> None:
+    chat, request, session = chat_of(tmp_path)
+    bad = tmp_path / "bad.png"
+    bad.write_bytes(b"this is no picture")
+
+    async def first() -> Any:
+        answers = chat.ask(request, {"text": "What?", "files": [str(bad)]})
+        shown = await anext(answers)
+        assert session.begin("chat") is not None, "before the handler has ended"
+        return shown
+
+    assert asyncio.run(first())[1] == {"text": "What?", "files": []}
+
+
+def test_an_example_is_known_by_its_number_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chat, request, _ = chat_of(tmp_path)
+    boxes: list[Any] = []
+
+    async def ask(_: Any, request: Any, box: Any, *values: Any) -> Any:
+        boxes.append(box)
+        yield None
+
+    monkeypatch.setattr(Chat, "ask", ask)
+    event = SimpleNamespace(index=0, value={"text": "x", "files": [{"path": "/etc/passwd"}]})
+
+    async def whole() -> list[Any]:
+        return [each async for each in chat.example(request, cast(Any, event))]
+
+    asyncio.run(whole())
+    assert boxes == [chat.examples[0]]
